@@ -1,0 +1,169 @@
+"""The branch: what a residual connection adds to the stream, and how its matrices start.
+
+Shapes: `(..., D)` in, `(..., D)` out. Tokens are `(B, T, D)`, channel-last images `(B, H, W, D)`.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+# What a matrix of a branch does. A scheme's start finds matrices by role, never by name.
+ROLES = ("query", "key", "value", "in", "out")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a forward pass hands, unchanged, to every branch. A feed-forward ignores it.
+
+    `mask` is a boolean tensor broadcastable to `(B, heads, T, S)`, True where a query may look.
+    `cache` maps an attention module to its past `(key, value)`, each `(B, heads, S, head_dim)`;
+    the attention module replaces its own entry.
+    """
+
+    mask: Tensor | None = None
+    cache: dict[nn.Module, tuple[Tensor, Tensor]] | None = None
+
+
+class Branch(nn.Module):
+    """A sublayer `(..., D) -> (..., D)`, without the norm in front of it and without the skip."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """Map `x (..., D)` to the update `(..., D)`."""
+
+    def matrices(self) -> dict[str, Tensor]:
+        """Return the weight matrices by role (`query key value in out`), views where fused."""
+        return {}
+
+    def reset_parameters(self) -> None:
+        """Start what has no role (biases, inner norms). The matrices get the scheme's start."""
+
+
+class Wrapped(Branch):
+    """Any module `(..., D) -> (..., D)` as a branch: it gets no context and keeps its own start."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """Return `module(x)`."""
+        out: Tensor = self.module(x)
+        return out
+
+    def reset_parameters(self) -> None:
+        """Call `reset_parameters` of every submodule that has one (needed after the meta device)."""
+        for module in self.module.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
+
+
+class DropPath(Branch):
+    """Stochastic depth: `F(x)` with probability `1 - rate` per sample, rescaled, else 0.
+
+    Huang et al. 2016 (arXiv:1603.09382) drop per mini-batch; this is the per-sample form of timm,
+    `F(x) mask / (1 - rate)`, which equals the plain branch in evaluation.
+    """
+
+    def __init__(self, branch: Branch, rate: float) -> None:
+        super().__init__()
+        if not 0 <= rate < 1:
+            raise ValueError(f"drop_path {rate!r} must be at least 0 and less than 1")
+        self.branch = branch
+        self.rate = rate
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """Return the branch's output, dropped per sample while training."""
+        out: Tensor = self.branch(x, context)
+        if not self.training or self.rate == 0:
+            return out
+        keep = 1 - self.rate
+        shape = (out.shape[0],) + (1,) * (out.dim() - 1)
+        return out * (torch.rand(shape, device=out.device) < keep).to(out.dtype) / keep
+
+    def matrices(self) -> dict[str, Tensor]:
+        """Return the matrices of the branch inside."""
+        return self.branch.matrices()
+
+    def reset_parameters(self) -> None:
+        """Start the branch inside."""
+        self.branch.reset_parameters()
+
+    def extra_repr(self) -> str:
+        """Show the rate."""
+        return f"rate={self.rate:g}"
+
+
+# -- named starts: how the matrices of a branch begin ------------------------------------------
+# Each takes (role, weight (out, in), number of connections K in the stack) and fills the weight.
+
+
+def _normal(_role: str, weight: Tensor, _count: int) -> None:
+    """N(0, 0.02) for every matrix."""
+    nn.init.normal_(weight, std=0.02)
+
+
+def _gpt2(role: str, weight: Tensor, count: int) -> None:
+    """N(0, 0.02), and 0.02 / sqrt(K) for `out` (GPT-2 report, section 2.3: K = 2 layers)."""
+    nn.init.normal_(weight, std=0.02 / math.sqrt(count) if role == "out" else 0.02)
+
+
+def _xavier(_role: str, weight: Tensor, _count: int) -> None:
+    """Xavier normal, gain 1 (Glorot and Bengio 2010)."""
+    nn.init.xavier_normal_(weight)
+
+
+def _fairseq(role: str, weight: Tensor, _count: int) -> None:
+    """Xavier normal, gain 1/sqrt(2) for query, key and value (fairseq; `nn.MultiheadAttention`)."""
+    nn.init.xavier_normal_(weight, 0.5**0.5 if role in ("query", "key", "value") else 1.0)
+
+
+def _he(_role: str, weight: Tensor, _count: int) -> None:
+    """N(0, 2 / fan_in) (He et al. 2015, arXiv:1502.01852)."""
+    nn.init.kaiming_normal_(weight, nonlinearity="relu")
+
+
+STARTS: Mapping[str, Callable[[str, Tensor, int], None] | None] = {
+    "normal": _normal,
+    "gpt2": _gpt2,
+    "xavier": _xavier,
+    "fairseq": _fairseq,
+    "he": _he,
+    "torch": None,  # every linear layer as `nn.Linear` starts, biases too
+}
+
+
+@torch.no_grad()
+def start(branch: Branch, name: str, count: int, gains: Mapping[str, float]) -> None:
+    """Fill the matrices of `branch` by the named start and multiply by their gain; biases get 0.
+
+    `count` is K, the number of connections in the stack. A branch that names no matrices keeps its
+    own start. Raises `ValueError` when a gain is asked of such a branch, because the scheme would
+    silently not be applied.
+    """
+    matrices = branch.matrices()
+    if gains and not matrices:
+        raise ValueError(
+            f"{type(branch).__name__} names no matrices, but the wiring scales {', '.join(gains)}; "
+            "give the branch a `matrices()` that returns them by role"
+        )
+    fill = STARTS[name]
+    if matrices:
+        for module in branch.modules():
+            if isinstance(module, nn.Linear):
+                if fill is None:
+                    module.reset_parameters()
+                elif module.bias is not None:
+                    nn.init.zeros_(module.bias)
+    for role, weight in matrices.items():
+        assert role in ROLES, role
+        if fill is not None:
+            fill(role, weight, count)
+        weight.mul_(gains.get(role, 1.0))

@@ -1,0 +1,74 @@
+"""Code of the user's own: a module that adds wirings, and `pkg.module:function`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+
+def load_plugins(names: Iterable[str]) -> None:
+    """Import modules (`my.wirings`) or files (`wirings.py`), so that their wirings are known.
+
+    Raises `ValueError` when one is not there.
+    """
+    for name in names:
+        if name.endswith(".py"):
+            _import_file(Path(name))
+        else:
+            _import(name)
+
+
+def resolve(target: str) -> Callable[..., Any]:
+    """Return the function that `pkg.module:function` or `file.py:function` names.
+
+    Raises `ValueError` when the module or the function is not there.
+    """
+    module_name, colon, function = target.rpartition(":")
+    if not colon or not function:
+        raise ValueError(
+            f"{target!r} names no function; write pkg.module:function or file.py:function"
+        )
+    is_file = module_name.endswith(".py")
+    module = _import_file(Path(module_name)) if is_file else _import(module_name)
+    found = getattr(module, function, None)
+    if not callable(found):
+        names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        near = difflib.get_close_matches(function, names, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{module_name} has no function {function!r}{hint}")
+    result: Callable[..., Any] = found
+    return result
+
+
+def _import(name: str) -> Any:
+    """Import a module, also from the working directory, as `python -m` does."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name and name.split(".")[0] == error.name.split(".")[0]:
+            raise ValueError(
+                f"no module {name!r}, neither installed nor in {os.getcwd()}"
+            ) from None
+        raise
+
+
+def _import_file(path: Path) -> Any:
+    if not path.is_file():
+        raise ValueError(f"no file {str(path)!r}")
+    name = f"addnorm_plugin_{path.stem}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module

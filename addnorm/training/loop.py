@@ -1,0 +1,354 @@
+"""The training loop: AdamW, warm-up, decay, clipping, evaluation, checkpoints, resume.
+
+It knows no model and no wiring by name. A model maps an int64 batch `(B, T)` to logits
+`(B, T, V)`; where it has `parameter_groups` and `choices` the loop asks them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from addnorm.files import json_line, read_lines, write_json, write_text
+from addnorm.training.checkpoint import TrainState, save_file, weights
+from addnorm.training.config import Runtime, TrainConfig
+from addnorm.training.tune import Choice, tune
+
+
+class Data(Protocol):
+    """What the loop asks of a data set: reproducible batches of inputs and targets."""
+
+    def training_batch(self, seed: int, step: int, size: int) -> tuple[Any, Any]:
+        """Return the inputs and targets of one step; nothing but seed and step decide them."""
+
+    def validation_batches(self, size: int, batches: int) -> Iterator[tuple[Any, Any]]:
+        """Yield the same validation batches at every call."""
+
+
+@runtime_checkable
+class Grouped(Protocol):
+    """A model that says how the optimiser treats its parameters."""
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Return optimiser groups with `params`, `weight_decay` and `lr_scale`."""
+
+
+class Observer:
+    """Hears what a run does. The base class is silent."""
+
+    def say(self, message: str) -> None:
+        """Hear a sentence about a choice or an event."""
+
+    def step(self, step: int, steps: int, loss: float, rate: float, left: float) -> None:
+        """Hear the loss at a step, tokens per second and seconds left."""
+
+    def evaluation(self, step: int, loss: float) -> None:
+        """Hear the validation loss after `step` steps."""
+
+
+@dataclass
+class Run:
+    """A training: the model, its data and what happened."""
+
+    model: nn.Module
+    data: Data
+    config: TrainConfig
+    choice: Choice
+    folder: Path | None = None
+    status: str = "running"  # running, finished, interrupted, diverged
+    step: int = 0
+    seconds: float = 0.0  # spent in steps, without evaluations and checkpoints
+    losses: list[float] = field(default_factory=list)  # by step
+    evaluations: list[tuple[int, float, float]] = field(default_factory=list)  # step, loss, seconds
+    tokens: int = 0
+    failed_batch: tuple[Tensor, Tensor] | None = None  # what made the loss non-finite
+
+    @property
+    def validation(self) -> float:
+        """The last validation loss in nats; NaN when the run diverged."""
+        return (
+            self.evaluations[-1][1] if self.evaluations and self.status != "diverged" else math.nan
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """Return the facts that stand at the end of a run."""
+        return {
+            "status": self.status,
+            "step": self.step,
+            "validation": self.validation,
+            "seconds": self.seconds,
+            "tokens_per_second": self.tokens / self.seconds if self.seconds else 0.0,
+        }
+
+
+def cross_entropy(output: Any, targets: Tensor) -> Tensor:
+    """Return the mean cross-entropy in nats of logits `(..., V)`, or of `output.logits`."""
+    logits: Tensor = output if isinstance(output, Tensor) else output.logits
+    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), targets.reshape(-1))
+
+
+def to_device(batch: tuple[Any, Any], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return a numpy batch as tensors on `device`."""
+    inputs, targets = (torch.from_numpy(np.ascontiguousarray(a)) for a in batch)
+    return inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """Return AdamW over the model's own groups, or over matrices (decay) and the rest."""
+    if isinstance(model, Grouped):
+        groups = model.parameter_groups(config.weight_decay)
+    else:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        decayed = [p for p in trained if p.dim() >= 2]
+        rest = [p for p in trained if p.dim() < 2]
+        groups = [
+            {"params": decayed, "weight_decay": config.weight_decay, "lr_scale": 1.0},
+            {"params": rest, "weight_decay": 0.0, "lr_scale": 1.0},
+        ]
+    groups = [g for g in groups if g["params"]]
+    if not groups:
+        raise ValueError("the model has no parameter that requires a gradient")
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), fused=True)
+
+
+@torch.no_grad()
+def evaluate(run: Run) -> float:
+    """Return the mean cross-entropy in nats over the validation batches, in evaluation mode."""
+    model, config = run.model, run.config
+    device = next(model.parameters()).device
+    total, count = 0.0, 0
+    training = model.training
+    model.eval()
+    with run.choice.autocast(device):
+        for batch in run.data.validation_batches(config.batch, config.eval_batches):
+            inputs, targets = to_device(batch, device)
+            total += cross_entropy(model(inputs), targets).item() * targets.numel()
+            count += targets.numel()
+    model.train(training)
+    return total / count
+
+
+def train_loop(
+    model: nn.Module,
+    data: Data,
+    config: TrainConfig,
+    runtime: Runtime,
+    *,
+    choice: Choice | None = None,
+    folder: Path | None = None,
+    facts: dict[str, Any] | None = None,
+    resume: bool = False,
+    observer: Observer | None = None,
+) -> Run:
+    """Train `model` on `data` and return the run.
+
+    Without `choice` the precision, the compiler and the model's own choices are measured first.
+    With `folder` the run writes `metrics.jsonl`, `model.safetensors` and `checkpoint.safetensors`
+    there, and a new one `config.json` from `facts` and its own settings; with `resume` it goes on from the checkpoint, bitwise as if it had not stopped (CPU).
+    A loss or gradient that is not finite ends the run as `diverged` before the step is taken, and
+    the last checkpoint stays. Ctrl-C saves and raises `KeyboardInterrupt`.
+    """
+    observer = observer or Observer()
+    device = pick_device(runtime.device)
+    torch.manual_seed(config.seed)
+    model.to(device).train()
+    optimizer = make_optimizer(model, config)
+    first = to_device(data.training_batch(config.seed, 0, config.batch), device)
+
+    def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropy(model(inputs), targets)
+
+    if choice is None:
+        choice, loss_of = tune(model, make_optimizer, loss_of, first, config, runtime, observer.say)
+    else:
+        loss_of = choice.apply(model, loss_of)
+    if folder is not None and facts is not None:
+        own = {"train": asdict(config), "runtime": asdict(runtime), "choice": asdict(choice)}
+        write_json(folder / "config.json", facts | own)
+    run = Run(model, data, config, choice, folder)
+    writer = _Writer(run, optimizer)
+    if resume:
+        writer.restore()
+        observer.say(f"resumed at step {run.step:,} of {config.steps:,}")
+    if run.step == 0:
+        _evaluate(run, observer)
+        writer.checkpoint()
+    with _interrupt() as interrupted:
+        _steps(run, optimizer, loss_of, observer, writer, interrupted, device)
+    if run.status == "interrupted":
+        raise KeyboardInterrupt
+    return run
+
+
+def _steps(
+    run: Run,
+    optimizer: torch.optim.Optimizer,
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    observer: Observer,
+    writer: _Writer,
+    interrupted: Callable[[], bool],
+    device: torch.device,
+) -> None:
+    """Take the steps that are left, and leave `run.status` saying how they ended."""
+    config, model = run.config, run.model
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    log_every = 1 if device.type == "cpu" else 10  # a GPU is asked for its loss every tenth step
+    waiting: list[tuple[Tensor, Tensor, float]] = []  # loss, gradient norm, rate
+    began, spent, done = time.perf_counter(), run.seconds, run.step
+    while run.step < config.steps:
+        rate = config.lr * config.rate(run.step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["lr_scale"]
+        batch = to_device(run.data.training_batch(config.seed, run.step, config.batch), device)
+        with run.choice.autocast(device):
+            loss = loss_of(*batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = nn.utils.clip_grad_norm_(parameters, config.clip or math.inf)
+        waiting.append((loss.detach(), norm, rate))
+        if len(waiting) >= log_every or run.step + 1 == config.steps:
+            rows = torch.stack([torch.stack(pair[:2]) for pair in waiting]).tolist()
+            if not all(math.isfinite(value) for row in rows for value in row):
+                run.failed_batch = batch
+                run.status = "diverged"
+                run.seconds = spent + time.perf_counter() - began
+                writer.stop()
+                return
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        run.step += 1
+        run.tokens += batch[1].numel()
+        if len(waiting) >= log_every or run.step == config.steps:
+            run.seconds = spent + time.perf_counter() - began
+            writer.log(rows, [rate for *_, rate in waiting])
+            waiting.clear()
+            per_step = (time.perf_counter() - began) / (run.step - done)
+            left = per_step * (config.steps - run.step)
+            observer.step(run.step, config.steps, rows[-1][0], batch[1].numel() / per_step, left)
+        ended, stop = run.step == config.steps, interrupted()
+        if ended or stop or run.step % config.eval_every == 0:
+            paused = time.perf_counter()
+            run.seconds = spent + paused - began
+            if ended or not stop:
+                _evaluate(run, observer)
+            run.status = "finished" if ended else "interrupted" if stop else "running"
+            writer.checkpoint()
+            began += time.perf_counter() - paused
+        if stop:
+            return
+
+
+def _evaluate(run: Run, observer: Observer) -> None:
+    loss = evaluate(run)
+    run.evaluations.append((run.step, loss, run.seconds))
+    observer.evaluation(run.step, loss)
+
+
+class _Writer:
+    """Keeps a run's folder; does nothing but remember the losses where there is none."""
+
+    def __init__(self, run: Run, optimizer: torch.optim.Optimizer) -> None:
+        self.run = run
+        self.state = TrainState(run.model, optimizer)
+        self.pending: list[str] = []
+        self.written = 0  # evaluations in the file
+
+    def log(self, rows: list[list[float]], rates: list[float]) -> None:
+        """Remember the losses, gradient norms and rates of the last steps."""
+        first = len(self.run.losses) + 1
+        for step, ((loss, norm), rate) in enumerate(zip(rows, rates, strict=True), first):
+            self.run.losses.append(loss)
+            row = {"step": step, "loss": loss, "gradient_norm": norm, "lr": rate}
+            self.pending.append(json_line(row | {"seconds": round(self.run.seconds, 4)}))
+
+    def flush(self) -> None:
+        """Append what is pending to `metrics.jsonl`."""
+        folder, run = self.run.folder, self.run
+        for step, loss, seconds in run.evaluations[self.written :]:
+            self.pending.append(json_line({"step": step, "validation": loss, "seconds": seconds}))
+        self.written = len(run.evaluations)
+        if folder is not None:
+            with open(folder / "metrics.jsonl", "ab", buffering=0) as file:
+                file.write("".join(self.pending).encode())
+        self.pending.clear()
+
+    def checkpoint(self) -> None:
+        """Write metrics, weights and state; a kill at any moment leaves the older files whole."""
+        run = self.run
+        self.flush()
+        if run.folder is None:
+            return
+        facts = {
+            "step": run.step,
+            "seconds": run.seconds,
+            "tokens": run.tokens,
+            "status": run.status,
+        }
+        save_file(run.folder / "model.safetensors", weights(run.model), {"step": run.step})
+        self.state.save(run.folder / "checkpoint.safetensors", facts)
+        write_json(run.folder / "summary.json", run.summary())
+
+    def stop(self) -> None:
+        """Write how the run failed and leave the last good checkpoint alone."""
+        self.flush()
+        if self.run.folder is not None:
+            write_json(self.run.folder / "summary.json", self.run.summary())
+
+    def restore(self) -> None:
+        """Go back to the checkpoint: state, counters, and the metrics up to its step."""
+        run = self.run
+        assert run.folder is not None
+        facts = self.state.load(run.folder / "checkpoint.safetensors")
+        run.step, run.seconds, run.tokens = facts["step"], facts["seconds"], facts["tokens"]
+        kept = [r for r in read_lines(run.folder / "metrics.jsonl") if r["step"] <= run.step]
+        write_text(run.folder / "metrics.jsonl", "".join(map(json_line, kept)))
+        run.losses = [r["loss"] for r in kept if "loss" in r]
+        run.evaluations = [
+            (r["step"], r["validation"], r["seconds"]) for r in kept if "validation" in r
+        ]
+        self.written = len(run.evaluations)
+
+
+@contextlib.contextmanager
+def _interrupt() -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C into a flag that the loop reads between steps; a second one raises."""
+    seen = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield seen.is_set
+        return
+
+    def handle(_signal: int, _frame: FrameType | None) -> None:
+        if seen.is_set():
+            raise KeyboardInterrupt
+        seen.set()
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield seen.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device; `auto` is the GPU where there is one. Raises `ValueError` when absent."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used here: {reason}") from None
+    return device
