@@ -9,6 +9,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +31,22 @@ class Context:
     cache: dict[nn.Module, tuple[Tensor, Tensor]] | None = None
 
 
+class Map(nn.Module):
+    """A module `(..., D) -> (..., D)`, such as a norm. Says its type, nothing more."""
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor) -> Tensor:
+            """Map `x`."""
+
+
 class Branch(nn.Module):
     """A sublayer `(..., D) -> (..., D)`, without the norm in front of it and without the skip."""
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor, context: Context) -> Tensor:
+            """Call as a module, so that hooks run."""
 
     @abstractmethod
     def forward(self, x: Tensor, context: Context) -> Tensor:
@@ -58,7 +73,7 @@ class Wrapped(Branch):
         return out
 
     def reset_parameters(self) -> None:
-        """Call `reset_parameters` of every submodule that has one (needed after the meta device)."""
+        """Call `reset_parameters` wherever there is one (needed after the meta device)."""
         for module in self.module.modules():
             reset = getattr(module, "reset_parameters", None)
             if callable(reset):
@@ -81,7 +96,7 @@ class DropPath(Branch):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Return the branch's output, dropped per sample while training."""
-        out: Tensor = self.branch(x, context)
+        out = self.branch(x, context)
         if not self.training or self.rate == 0:
             return out
         keep = 1 - self.rate

@@ -10,20 +10,20 @@ from __future__ import annotations
 
 import ast
 import difflib
-import functools
 import inspect
 import re
 import typing
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from addnorm import branches
-from addnorm.branches import STARTS, Branch, Context, DropPath, Wrapped
+from addnorm.branches import STARTS, Branch, Context, DropPath, Map, Wrapped
 
 Stream = Any  # a tensor (..., D), or a tuple or list of them: one stream, several, or history
 
@@ -38,6 +38,8 @@ class Site:
     parts: int = 1  # connections per layer: 2 in a Transformer, 1 in a ResNet or MLP
     norm: Callable[[int], nn.Module] = nn.LayerNorm  # width -> norm over the last axis
     start: str = ""  # a named start that replaces the one the wiring asks for
+    device: torch.device | str | None = None  # where the wiring's own parameters are made
+    dtype: torch.dtype | None = None
 
     @property
     def layer(self) -> int:
@@ -82,7 +84,9 @@ class Wiring(nn.Module):
     at_start: ClassVar[str]  # the equation with the start values put in
     final_norm: ClassVar[bool] = False  # whether the model must normalise what `close` returns
     start: ClassVar[str] = "gpt2"  # the start that its branch asks for, a name in STARTS
-    groups: ClassVar[dict[str, Group]] = {}  # own parameter name -> optimiser treatment
+    groups: ClassVar[Mapping[str, Group]] = MappingProxyType(
+        {}
+    )  # own parameter name -> optimiser treatment
     stream_law: ClassVar[Literal["constant", "sqrt", "geometric", "vanishing"]]  # RMS over depth
     gradient_law: ClassVar[Literal["constant", "sqrt", "geometric", "vanishing"]]  # on the way back
     expected: ClassVar[frozenset[str]] = frozenset()  # findings at the start at depth 24
@@ -97,26 +101,19 @@ class Wiring(nn.Module):
                 raise ValueError(f"two wirings are named {cls.name!r}: {known} and {cls}")
             _CATALOGUE[cls.name] = cls
 
-    def __init__(
-        self,
-        branch: Branch,
-        site: Site,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, branch: Branch, site: Site) -> None:
         super().__init__()
         self.branch = branch
         self.site = site
-        self._factory: dict[str, Any] = {"device": device, "dtype": dtype}
 
-    def new_norm(self) -> nn.Module:
+    def new_norm(self) -> Map:
         """Return a new norm over the width of the stream, of the kind the site asks for."""
-        return self.site.norm(self.site.dim).to(**self._factory)
+        norm = self.site.norm(self.site.dim).to(device=self.site.device, dtype=self.site.dtype)
+        return typing.cast(Map, norm)
 
     def new_parameter(self, *shape: int) -> nn.Parameter:
         """Return an unfilled parameter; `reset_parameters` gives it its start."""
-        return nn.Parameter(torch.empty(shape, **self._factory))
+        return nn.Parameter(torch.empty(shape, device=self.site.device, dtype=self.site.dtype))
 
     def open(self, x: Tensor) -> Stream:
         """Turn the model's `x (..., D)` into the stream, once, at the first connection."""
@@ -197,8 +194,8 @@ class Stack(nn.Module):
             branch = module if isinstance(module, Branch) else Wrapped(module)
             if drop_path:
                 branch = DropPath(branch, drop_path * index / max(count - 1, 1))
-            site = Site(dim, index, count, parts, norm, start)
-            made.append(self.spec.build(branch, site, device=device, dtype=dtype))
+            site = Site(dim, index, count, parts, norm, start, device, dtype)
+            made.append(self.spec.build(branch, site))
         self.connections = nn.ModuleList(made)
 
     @property
@@ -263,8 +260,23 @@ def catalogue() -> dict[str, type[Wiring]]:
     return dict(_CATALOGUE)
 
 
+def facts_of(name: str) -> dict[str, Any]:
+    """Return the facts of a wiring, from its class: what the catalogue, docs and reports show."""
+    wiring = catalogue()[name]
+    names = ("equation", "at_start", "paper", "year", "final_norm", "start", "stream_law")
+    names += ("gradient_law", "verified")
+    facts = {key: getattr(wiring, key) for key in names}
+    return {
+        "name": name,
+        **facts,
+        "expected": sorted(wiring.expected),
+        "options": {k: _literal(p.default) for k, p in options_of(wiring).items()},
+        "about": inspect.getdoc(wiring),
+    }
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
-    """Return the message for an unknown name: what it was, what was probably meant, what is known."""
+    """Return the message for an unknown name, with what was probably meant and what is known."""
     known = list(known)
     near = difflib.get_close_matches(name, known, 1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -283,9 +295,9 @@ class Spec:
         """The class that the name stands for."""
         return catalogue()[self.name]
 
-    def build(self, branch: Branch, site: Site, **factory: Any) -> Wiring:
+    def build(self, branch: Branch, site: Site) -> Wiring:
         """Return the wiring around `branch` at `site`."""
-        return self.wiring(branch, site, **self.options, **factory)
+        return self.wiring(branch, site, **self.options)
 
     def __str__(self) -> str:
         defaults = options_of(self.wiring)
@@ -300,18 +312,12 @@ class Spec:
 def options_of(wiring: type[Wiring]) -> dict[str, inspect.Parameter]:
     """Return the keyword-only options of a wiring class with their defaults."""
     parameters = inspect.signature(wiring.__init__).parameters.values()
-    factory = ("device", "dtype")
-    return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in factory}
+    return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def split_specs(text: str) -> list[str]:
     """Split a list of specs at the commas outside parentheses: `plain,mhc(n=4, iterations=20)`."""
     return [part.strip() for part in re.split(r",(?![^()]*\))", text) if part.strip()]
-
-
-@functools.cache
-def _hints(wiring: type[Wiring]) -> dict[str, Any]:
-    return typing.get_type_hints(wiring.__init__)
 
 
 def parse_spec(text: str) -> Spec:
@@ -331,6 +337,7 @@ def parse_spec(text: str) -> Spec:
         raise ValueError(unknown("wiring", name, known))
     settings = inner.split(",") if inner else shell.split(":") if shell else []
     declared = options_of(known[name])
+    hints = typing.get_type_hints(known[name].__init__)
     options: dict[str, Any] = {}
     for setting in settings:
         key, equals, value = (part.strip() for part in setting.partition("="))
@@ -342,7 +349,7 @@ def parse_spec(text: str) -> Spec:
             raise ValueError(unknown(f"option of {name}", key, declared))
         if key in options:
             raise ValueError(f"the wiring {text!r} sets {key} twice")
-        options[key] = _value(text, key, value, _hints(known[name])[key])
+        options[key] = _value(text, key, value, hints[key])
     spec = Spec(name, options)
     # Options are checked where they are declared: build once on a width of 1, without memory.
     with torch.device("meta"):

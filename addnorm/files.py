@@ -46,7 +46,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """Write `value` as indented JSON, atomically. Non-finite numbers become null."""
-    write_text(path, json.dumps(_finite(value), indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(finite(value), indent=1, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -69,17 +69,17 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def json_line(row: dict[str, Any]) -> str:
     """Return one line of a JSON Lines file."""
-    return json.dumps(_finite(row)) + "\n"
+    return json.dumps(finite(row)) + "\n"
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: replace them by null, at any depth."""
+def finite(value: Any) -> Any:
+    """Return `value` with NaN and infinity, which JSON lacks, replaced by None at any depth."""
     if isinstance(value, float):
         return value if value - value == 0 else None
     if isinstance(value, dict):
-        return {str(k): _finite(v) for k, v in value.items()}
+        return {str(k): finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return value
 
 

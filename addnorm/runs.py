@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from addnorm import __version__
 from addnorm.branches import Context
 from addnorm.data.text import CharTokenizer, TextData, load_text
-from addnorm.files import locked, read_json, write_json
+from addnorm.files import locked, read_json, read_lines, write_json
 from addnorm.models.gpt import GPT, GPTConfig
 from addnorm.plugins import load_plugins, resolve
 from addnorm.probe.trace import Trace
@@ -90,7 +90,8 @@ def train(
     with locked(folder):
         if (folder / "config.json").exists():
             raise ValueError(
-                f"{folder} holds a run already; go on with --resume {folder}, or choose another --out"
+                f"{folder} holds a run already; go on with --resume {folder}, or choose "
+                "another --out"
             )
         write_json(folder / "tokenizer.json", {"characters": data.tokenizer.characters})
         facts = {
@@ -176,8 +177,8 @@ def _data(facts: dict[str, Any]) -> TextData:
     data = load_text(known["source"], known["context"])
     if data.sha256 != known["sha256"]:
         raise ValueError(
-            f"the text {known['source']!r} is not the one that this run was trained on: its sha256 is "
-            f"{data.sha256[:12]}, the run recorded {known['sha256'][:12]}"
+            f"the text {known['source']!r} is not the one that this run was trained on: its sha256 "
+            f"is {data.sha256[:12]}, the run recorded {known['sha256'][:12]}"
         )
     return data
 
@@ -195,8 +196,8 @@ def _check_output(
     got = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
     if got != wanted:
         raise ValueError(
-            f"{type(model).__name__} returns {got} for tokens {tuple(targets.shape)}; the trainer needs "
-            f"logits {wanted}"
+            f"{type(model).__name__} returns {got} for tokens {tuple(targets.shape)}; the trainer "
+            f"needs logits {wanted}"
         )
 
 
@@ -208,6 +209,38 @@ def xray_run(
     if batch is None:
         batch = to_device(next(run.data.validation_batches(run.config.batch, 1)), device)
     return xray(run.model, *batch, blocks=blocks, loss=cross_entropy)
+
+
+def write_report(folder: str | Path, lang: str = "en", page: Path | None = None) -> Path:
+    """Write the page of a run, by default `report.html` in its folder, and return its path."""
+    from addnorm.reports.pages import write_run_page
+
+    folder = Path(folder)
+    page = page or folder / "report.html"
+    metrics = read_lines(folder / "metrics.jsonl")
+    summary = read_json(folder / "summary.json")
+    write_run_page(_facts(folder), metrics, summary, page, lang)
+    return page
+
+
+def describe_outcome(run: Run, lang: str = "en") -> str:
+    """Return one sentence on how a run ended; for a diverged one the first bad block is named."""
+    assert isinstance(run.data, TextData)
+    if run.status == "diverged":
+        assert run.failed_batch is not None
+        finding = next(iter(xray_run(run, run.failed_batch).findings), None)
+        where = f"{finding.where}: {finding.why} {finding.remedy}" if finding else "the optimizer"
+        kept = "the last checkpoint stays" if run.folder else "no checkpoint was kept"
+        if lang == "zh":
+            return f"第 {run.step + 1} 步的损失或梯度不是有限值，训练停止，保留最后的检查点。首个异常处：{where}"
+        return (
+            f"the loss or its gradient is not finite at step {run.step + 1}: training stopped, "
+            f"{kept}. First bad block: {where}"
+        )
+    data, loss = run.data, run.validation
+    if lang == "zh":
+        return f"验证损失 {loss:.3f}（一元熵 {data.unigram:.3f}，均匀猜测 {data.uniform:.3f}）"
+    return f"validation loss {loss:.3f} (unigram {data.unigram:.3f}, uniform {data.uniform:.3f})"
 
 
 def sample(

@@ -1,0 +1,1 @@
+"""Data sets: text corpora and tokenizers; no torch here."""

@@ -41,10 +41,7 @@ def load_corpus(source: str) -> Corpus:
     Files of a folder or glob are joined in the order of their paths, hidden ones left out.
     Raises `ValueError` for what is missing, empty, unreadable, or not UTF-8.
     """
-    if source == "pydoc":
-        text = _pydoc()
-    else:
-        text = "\n".join(_read(path) for path in _paths(source))
+    text = _pydoc() if source == "pydoc" else "\n".join(_read(path) for path in _paths(source))
     if not text.strip():
         raise ValueError(f"the text {source!r} is empty; give a UTF-8 file with some text")
     return Corpus(source, text, hashlib.sha256(text.encode()).hexdigest())
@@ -68,7 +65,8 @@ def _paths(source: str) -> list[Path]:
     if not files:
         known = ", ".join(BUILT_IN)
         raise ValueError(
-            f"no text at {source!r}; give a UTF-8 file, a folder, a glob in quotes, or one of: {known}"
+            f"no text at {source!r}; give a UTF-8 file, a folder, a glob in quotes, "
+            f"or one of: {known}"
         )
     return files
 
@@ -107,8 +105,8 @@ class CharTokenizer:
         for position, character in enumerate(text):
             if character not in self._ids:
                 raise ValueError(
-                    f"the character {character!r} (U+{ord(character):04X}, position {position}) is not "
-                    f"among the {len(self)} characters that this model was trained on"
+                    f"the character {character!r} (U+{ord(character):04X}, position {position}) is "
+                    f"not among the {len(self)} characters that this model was trained on"
                 )
         return [self._ids[c] for c in text]
 
@@ -182,7 +180,7 @@ class TextData:
         return counts
 
     def training_batch(self, seed: int, step: int, size: int) -> tuple[Tokens, Tokens]:
-        """Return the inputs and targets `(B, T)` of one step, the same for the same seed and step."""
+        """Return the inputs and targets `(B, T)` of one step; seed and step alone decide them."""
         draws = np.random.default_rng((seed, step)).integers(self._cumulated[-1], size=size)
         span = np.searchsorted(self._cumulated, draws, side="right") - 1
         return self._windows(self._firsts[span] + draws - self._cumulated[span])
@@ -205,7 +203,7 @@ class TextData:
         return rows[:, :-1], rows[:, 1:]
 
     def describe(self) -> dict[str, object]:
-        """Return the facts that a run stores: source, sha256, sizes and the two reference losses."""
+        """Return the facts that a run stores: source, sha256, sizes, the two reference losses."""
         return {
             "source": self.source if self.source in BUILT_IN else os.path.abspath(self.source),
             "sha256": self.sha256,

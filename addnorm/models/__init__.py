@@ -1,0 +1,1 @@
+"""Models: an embedding, a stack under one wiring, a head."""

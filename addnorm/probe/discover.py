@@ -1,4 +1,4 @@
-"""Find the connections of a module: the wirings of our stacks, or the repeated block of any model."""
+"""Find the connections of a module: the wirings of a stack, or the repeated block of any model."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _pattern(group: dict[str, nn.Module] | None) -> str:
     return next(iter(group)).rpartition(".")[0] + ".*" if group else ""
 
 
-class Additions(TorchDispatchMode):
+class Additions(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Watches one wiring at a time for the addition that joins its branch to the stream.
 
     What descends from the branch's output is followed through every operation; the first addition
@@ -90,7 +90,7 @@ class Additions(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._descendants: dict[int, Tensor] = {}  # held, so that an id is not used again
         self._joined: tuple[Tensor, Tensor] | None = None
 

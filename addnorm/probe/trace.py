@@ -7,6 +7,7 @@ seen. Index 0 is nearest to the input.
 from __future__ import annotations
 
 import math
+import typing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ class Trace:
         if facts.get("schema") != SCHEMA:
             raise ValueError(f"trace of schema {facts.get('schema')}; this version reads {SCHEMA}")
         connections = tuple(
-            Connection(**{k: math.nan if v is None else v for k, v in c.items()})
+            Connection(**typing.cast(Any, {k: math.nan if v is None else v for k, v in c.items()}))
             for c in facts["connections"]
         )
         findings = tuple(Finding(**f) for f in facts["findings"])
@@ -136,9 +137,9 @@ class Trace:
         """Return the vitals as an aligned text table, first connection on top."""
         head = ("#", "connection", "stream", "share", "gradient", "similarity")
         rows = [
-            (str(i), c.name, _short(c.stream_after), _short(c.branch_share))
-            + (_short(c.gradient_after), f"{c.token_similarity:.3f}")
+            (str(i), c.name, *map(_short, vitals), f"{c.token_similarity:.3f}")
             for i, c in enumerate(self.connections)
+            for vitals in [(c.stream_after, c.branch_share, c.gradient_after)]
         ]
         widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
         lines = [

@@ -102,7 +102,7 @@ def _loss(output: Any, targets: Any, loss: Loss | None) -> tuple[Tensor, str]:
 
 def _backward(value: Tensor, model: nn.Module, inputs: Any) -> None:
     """Run the backward pass without touching any `.grad`; the hooks on the streams note it."""
-    leaves = [p for p in model.parameters() if p.requires_grad]
+    leaves: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     leaves += [t for t in _tensors(inputs) if t.requires_grad]
     if value.requires_grad and leaves:
         torch.autograd.grad(value, leaves, allow_unused=True)
@@ -181,7 +181,7 @@ def _watch(stream: list[Tensor], into: list[tuple[float, int]], reading: _Readin
 
     for tensor in stream:
         if tensor.requires_grad:
-            tensor.register_hook(note)
+            tensor.register_hook(note)  # type: ignore[no-untyped-call]
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -256,7 +256,7 @@ def _connection(r: _Reading) -> Connection:
 
 
 def _non_finite(readings: list[_Reading], loss: float) -> tuple[Finding, ...]:
-    """Name the block where the first NaN or infinity appears: forward first, then on the way back."""
+    """Name the block with the first NaN or infinity: forward first, then on the way back."""
     if not math.isfinite(readings[0].before[0]):
         where, way = f"the input of {readings[0].name}", "already in the input or the embedding"
     elif bad := next((r for r in readings if r.non_finite), None):

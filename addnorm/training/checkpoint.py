@@ -80,7 +80,7 @@ class TrainState:
         for parameter, state in self.optimizer.state.items():
             tensors |= {f"adam.{k}.{names[id(parameter)]}": v for k, v in state.items()}
         tensors["random.cpu"] = torch.get_rng_state()
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
+        if torch.cuda.is_available():
             tensors["random.cuda"] = torch.cuda.get_rng_state()
         save_file(path, tensors, facts)
 
@@ -89,7 +89,7 @@ class TrainState:
         tensors, facts = load_file(path)
         own = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
         load_weights(self.model, own, path)
-        parameters = {name: p for name, p in self.model.named_parameters()}
+        parameters = dict(self.model.named_parameters())
         for key, value in tensors.items():
             if key.startswith("adam."):
                 _, moment, name = key.split(".", 2)

@@ -56,7 +56,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Runtime:
-    """How the machine computes it. `auto` measures a few steps at the start and keeps the fastest."""
+    """How the machine computes it; `auto` measures a few steps and keeps the fastest."""
 
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""

@@ -157,7 +157,8 @@ def train_loop(
 
     Without `choice` the precision, the compiler and the model's own choices are measured first.
     With `folder` the run writes `metrics.jsonl`, `model.safetensors` and `checkpoint.safetensors`
-    there, and a new one `config.json` from `facts` and its own settings; with `resume` it goes on from the checkpoint, bitwise as if it had not stopped (CPU).
+    there, and a new one `config.json` from `facts` and its own settings; with `resume` it goes on
+    from the checkpoint, bitwise as if it had not stopped (CPU).
     A loss or gradient that is not finite ends the run as `diverged` before the step is taken, and
     the last checkpoint stays. Ctrl-C saves and raises `KeyboardInterrupt`.
     """
@@ -172,9 +173,9 @@ def train_loop(
         return cross_entropy(model(inputs), targets)
 
     if choice is None:
-        choice, loss_of = tune(model, make_optimizer, loss_of, first, config, runtime, observer.say)
+        choice, loss = tune(model, make_optimizer, loss_of, first, config, runtime, observer.say)
     else:
-        loss_of = choice.apply(model, loss_of)
+        loss = choice.apply(model, loss_of)
     if folder is not None and facts is not None:
         own = {"train": asdict(config), "runtime": asdict(runtime), "choice": asdict(choice)}
         write_json(folder / "config.json", facts | own)
@@ -187,7 +188,7 @@ def train_loop(
         _evaluate(run, observer)
         writer.checkpoint()
     with _interrupt() as interrupted:
-        _steps(run, optimizer, loss_of, observer, writer, interrupted, device)
+        _steps(run, optimizer, loss, observer, writer, interrupted, device)
     if run.status == "interrupted":
         raise KeyboardInterrupt
     return run

@@ -162,7 +162,7 @@ class _Trial:
     def fastest(
         self, candidates: list[Choice], measured: list[dict[str, Any]]
     ) -> tuple[Choice, float]:
-        """Return the fastest candidate and its seconds a step, timed in turn over several rounds."""
+        """Return the fastest candidate and its seconds a step, timed in turn over the rounds."""
         times: list[list[float]] = [[] for _ in candidates]
         values = [0.0] * len(candidates)
         for _ in range(ROUNDS):

@@ -6,7 +6,6 @@ Letters: x the stream `(..., D)`, F the branch without its norm, N a norm over t
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from addnorm.branches import Branch, Context
@@ -29,16 +28,8 @@ class Plain(Wiring):
     gradient_law = "vanishing"
     expected = frozenset({"vanishing-gradient", "rank-collapse"})
 
-    def __init__(
-        self,
-        branch: Branch,
-        site: Site,
-        *,
-        norm: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(branch, site, device=device, dtype=dtype)
+    def __init__(self, branch: Branch, site: Site, *, norm: bool = False) -> None:
+        super().__init__(branch, site)
         self.norm = self.new_norm() if norm else None
         self.reset_parameters()
 
@@ -69,15 +60,8 @@ class Residual(Wiring):
     gradient_law = "geometric"
     expected = frozenset({"exploding-gradient"})
 
-    def __init__(
-        self,
-        branch: Branch,
-        site: Site,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(branch, site, device=device, dtype=dtype)
+    def __init__(self, branch: Branch, site: Site) -> None:
+        super().__init__(branch, site)
         self.reset_parameters()
 
     def forward(self, stream: Tensor, context: Context) -> Tensor:
@@ -102,15 +86,8 @@ class PostNorm(Wiring):
     gradient_law = "constant"
     expected = frozenset({"post-norm-needs-warmup"})
 
-    def __init__(
-        self,
-        branch: Branch,
-        site: Site,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(branch, site, device=device, dtype=dtype)
+    def __init__(self, branch: Branch, site: Site) -> None:
+        super().__init__(branch, site)
         self.norm = self.new_norm()
         self.reset_parameters()
 
@@ -134,15 +111,8 @@ class PreNorm(Wiring):
     stream_law = "sqrt"
     gradient_law = "sqrt"
 
-    def __init__(
-        self,
-        branch: Branch,
-        site: Site,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(branch, site, device=device, dtype=dtype)
+    def __init__(self, branch: Branch, site: Site) -> None:
+        super().__init__(branch, site)
         self.norm = self.new_norm()
         self.reset_parameters()
 
@@ -167,15 +137,8 @@ class Sandwich(Wiring):
     stream_law = "sqrt"
     gradient_law = "sqrt"
 
-    def __init__(
-        self,
-        branch: Branch,
-        site: Site,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(branch, site, device=device, dtype=dtype)
+    def __init__(self, branch: Branch, site: Site) -> None:
+        super().__init__(branch, site)
         self.norm_in = self.new_norm()
         self.norm_out = self.new_norm()
         self.reset_parameters()
@@ -203,15 +166,8 @@ class DeepNorm(Wiring):
     stream_law = "constant"
     gradient_law = "constant"
 
-    def __init__(
-        self,
-        branch: Branch,
-        site: Site,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(branch, site, device=device, dtype=dtype)
+    def __init__(self, branch: Branch, site: Site) -> None:
+        super().__init__(branch, site)
         self.alpha = site.count**0.25
         self.beta = (4 * site.count) ** -0.25
         self.norm = self.new_norm()

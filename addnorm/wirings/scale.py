@@ -6,8 +6,8 @@ Letters: x the stream `(..., D)`, F the branch without its norm, N a norm over t
 from __future__ import annotations
 
 import math
+from types import MappingProxyType
 
-import torch
 from torch import Tensor, nn
 
 from addnorm.branches import Branch, Context
@@ -27,19 +27,12 @@ class ReZero(Wiring):
     year = 2020
     at_start = "x"
     start = "fairseq"
-    groups = {"alpha": Group(weight_decay=0.0)}
+    groups = MappingProxyType({"alpha": Group(weight_decay=0.0)})
     stream_law = "constant"
     gradient_law = "constant"
 
-    def __init__(
-        self,
-        branch: Branch,
-        site: Site,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(branch, site, device=device, dtype=dtype)
+    def __init__(self, branch: Branch, site: Site) -> None:
+        super().__init__(branch, site)
         self.alpha = self.new_parameter()
         self.reset_parameters()
 
@@ -67,20 +60,12 @@ class LayerScale(Wiring):
     at_start = "x + init F(N(x))"
     final_norm = True
     start = "normal"
-    groups = {"gamma": Group(weight_decay=0.0)}
+    groups = MappingProxyType({"gamma": Group(weight_decay=0.0)})
     stream_law = "constant"
     gradient_law = "constant"
 
-    def __init__(
-        self,
-        branch: Branch,
-        site: Site,
-        *,
-        init: float = 1e-4,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(branch, site, device=device, dtype=dtype)
+    def __init__(self, branch: Branch, site: Site, *, init: float = 1e-4) -> None:
+        super().__init__(branch, site)
         if not math.isfinite(init):
             raise ValueError(
                 f"init={init} of layerscale must be finite; the paper uses 1e-6 to 1e-4"

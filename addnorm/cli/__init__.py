@@ -1,0 +1,90 @@
+"""The command line: parse, call, print. Nothing here imports torch before a command needs it."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from addnorm import __version__
+
+COMMANDS = {
+    "compare": "Train the same network under several wirings and depths, X-ray each, report.",
+    "train": "Train one model on text; resumes after any interruption.",
+    "sample": "Generate text from a run.",
+    "xray": "X-ray a run, or pkg.module:function returning a model and its inputs.",
+    "wirings": "Show the catalogue: equation, start, paper.",
+    "report": "(Re)build the HTML page from saved results.",
+    "data": "List the corpora, describe a text, or write a corpus to a file.",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code.
+
+    0 fine, 1 a sick verdict of `xray`, 2 bad input, 70 internal error, 130 interrupted.
+    """
+    try:
+        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError) as error:
+        print(f"addnorm: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("addnorm: interrupted", file=sys.stderr)
+        return 130
+    except Exception:  # noqa: BLE001  # the last resort: say that the defect is ours
+        traceback.print_exc()
+        print("addnorm: this is a defect of addnorm, not of your input", file=sys.stderr)
+        return 70
+
+
+def _dispatch(argv: list[str]) -> int:
+    name = argv[0] if argv else "--help"
+    if name in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if name in ("-V", "--version"):
+        print(f"addnorm {__version__}")
+        return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown command {name!r}{hint} (known: {', '.join(COMMANDS)})")
+    from addnorm.cli.parsing import parse
+
+    command = importlib.import_module(f"addnorm.cli.{name}")
+    try:
+        options = parse(command.Options, name, COMMANDS[name], argv[1:])
+    except SystemExit:  # --help of the command
+        return 0
+    return int(command.run(options))
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {what}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        [
+            "addnorm: build, train and X-ray the residual stream of deep networks",
+            "",
+            "usage: addnorm COMMAND [OPTIONS]",
+            "",
+            *lines,
+            "",
+            "addnorm COMMAND --help lists the options of a command; --version prints the version.",
+            "Exit codes: 0 fine, 1 a sick X-ray, 2 bad input, 70 internal error, 130 interrupted.",
+        ]
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        where = f" {error.filename}" if error.filename else ""
+        return f"cannot read or write{where}: {error.strerror.lower()}"
+    return " ".join(str(error).split())

@@ -1,0 +1,123 @@
+"""Options from typed dataclasses: tyro's parser, comma lists, and one line for an error."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import tyro
+from rich.console import Console
+
+from addnorm.contract import split_specs
+from addnorm.files import finite, write_json
+from addnorm.plugins import load_plugins
+
+Lang = Literal["en", "zh"]
+Options = TypeVar("Options")
+
+
+def parse(kind: type[Options], command: str, what: str, argv: list[str]) -> Options:
+    """Read the options of a command into its dataclass; one line where tyro prints a box."""
+    load_plugins(_plugins(argv))  # before the options are read, which may name their wirings
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def comma_list(
+        info: tyro.constructors.PrimitiveTypeInfo,
+    ) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+        lists: dict[Any, Any] = {
+            tuple[int, ...]: int,
+            tuple[float, ...]: float,
+            tuple[str, ...]: str,
+        }
+        if info.type not in lists:
+            return None
+        item = lists[info.type]
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs="*",
+            metavar=f"{item.__name__.upper()},...",
+            instance_from_str=lambda words: tuple(map(item, split_specs(",".join(words)))),
+            is_instance=lambda value: isinstance(value, tuple),
+            str_from_instance=lambda value: [
+                ",".join(f"{v:g}" if item is float else str(v) for v in value)
+            ],
+        )
+
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(
+                kind,
+                prog=f"addnorm {command}",
+                description=what,
+                args=argv,
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+                registry=registry,
+            )
+    except SystemExit as ended:
+        if not ended.code:
+            raise
+        raise ValueError(_unboxed(errors.getvalue(), command)) from None
+
+
+def _unboxed(text: str, command: str) -> str:
+    """Take the words out of tyro's box."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    lines = [line.strip("│╭╮╰╯─ ").strip() for line in plain.splitlines()]
+    words = [line for line in lines if line and not re.match(r"(Parsing|Required|For full)", line)]
+    message = " ".join(words).split(" For full helptext")[0]
+    return f"{message or 'cannot read the options'} (addnorm {command} --help lists them)"
+
+
+def messages() -> Console:
+    """Return the console of messages: stderr."""
+    return Console(stderr=True)
+
+
+def emit_json(value: object, target: str) -> None:
+    """Write JSON to a file, or to stdout for `-`."""
+    if target == "-":
+        print(json.dumps(finite(value), ensure_ascii=False))
+    elif target:
+        write_json(Path(target), value)
+
+
+def results(json_target: str, width: int = 150) -> Console:
+    """Return the console of results: stdout, or stderr where JSON goes to stdout."""
+    to_stderr = json_target == "-"
+    terminal = (sys.stderr if to_stderr else sys.stdout).isatty()
+    return Console(stderr=to_stderr, width=None if terminal else width)
+
+
+def _plugins(argv: Sequence[str]) -> list[str]:
+    """Return the words of `--plugins`."""
+    found: list[str] = []
+    for i, word in enumerate(argv):
+        name, equals, value = word.partition("=")
+        if name == "--plugins" and equals:
+            found.append(value)
+        elif name == "--plugins":
+            for following in argv[i + 1 :]:
+                if following.startswith("-"):
+                    break
+                found.append(following)
+    return [part for words in found for part in words.split(",") if part]
+
+
+def refuse_changes(given: Any, default: Any, allowed: Sequence[str], why: str) -> None:
+    """Raise `ValueError` naming the first option that differs from its default."""
+    for field in fields(given):
+        value, usual = getattr(given, field.name), getattr(default, field.name)
+        if field.name in allowed or value == usual:
+            continue
+        if hasattr(value, "__dataclass_fields__"):
+            refuse_changes(value, usual, allowed, why)
+        else:
+            raise ValueError(f"{why}; leave --{field.name.replace('_', '-')} out")

@@ -1,0 +1,357 @@
+"""The main job: train the same GPT in every cell of wiring x depth x rate x warm-up x seed.
+
+Cells with one seed see the same data in the same order; all cells are computed in one precision.
+Each is X-rayed at the start and at the end. A finished cell is a file in `OUT/cells`, so a second
+call goes on where the first one stopped, and a larger grid trains only what is new.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import joblib
+import torch
+
+from addnorm import __version__
+from addnorm.contract import parse_spec
+from addnorm.data.text import TextData, load_text
+from addnorm.files import locked, read_json, write_json
+from addnorm.models.gpt import GPT, GPTConfig
+from addnorm.plugins import load_plugins
+from addnorm.probe.vitals import xray
+from addnorm.reports.summary import merge, status_of
+from addnorm.training.config import Runtime, TrainConfig
+from addnorm.training.loop import cross_entropy, make_optimizer, pick_device, to_device, train_loop
+from addnorm.training.tune import Choice, choice_from, tune
+
+SCHEMA = 1
+EVALUATIONS = 10  # validation points on a cell's curve
+POINTS = 50  # training losses kept of a cell
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """The grid, the network and the training of a comparison."""
+
+    wirings: tuple[str, ...] = ("plain", "postnorm", "prenorm")
+    """wirings, separated by commas; `addnorm wirings` lists them"""
+    depths: tuple[int, ...] = (3, 12, 24)
+    """layers, each an attention and a feed-forward connection"""
+    rates: tuple[float, ...] = (2e-3,)
+    """peak learning rates; the report shows each wiring at its best"""
+    warmups: tuple[int, ...] = (0, 100)
+    """warm-up lengths in steps"""
+    seeds: int = 2
+    """trainings of each cell, with seeds 0, 1, ..."""
+    steps: int = 250
+    """optimiser steps of each training"""
+    batch: int = 16
+    """windows in a step"""
+    dim: int = 48
+    """width of the stream"""
+    heads: int = 4
+    """attention heads; must divide dim"""
+    context: int = 32
+    """characters that the model sees at once"""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """the norm wherever a wiring has one"""
+    start: str = ""
+    """one start for all (normal, gpt2, xavier, fairseq, he, torch) in place of each wiring's own"""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """what the rate does after warm-up"""
+    data: str = "pydoc"
+    """pydoc, a UTF-8 file, a folder, or a glob in quotes"""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """one precision for all cells"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    jobs: int = 0
+    """trainings at once, one thread each; 0 is one for each CPU core, or 1 on a GPU"""
+
+    def __post_init__(self) -> None:
+        canonical = tuple(str(parse_spec(w)) for w in self.wirings)
+        object.__setattr__(self, "wirings", tuple(dict.fromkeys(canonical)))
+        for name in ("depths", "rates", "warmups"):
+            object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
+        for name in ("wirings", "depths", "rates", "warmups"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty; give at least one")
+        for name in ("seeds", "steps", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        if self.jobs < 0:
+            raise ValueError(f"jobs {self.jobs} must be at least 0")
+        for depth in self.depths:
+            self.model(self.wirings[0], depth)
+        for rate, warmup in itertools.product(self.rates, self.warmups):
+            self.training(rate, warmup, 0)
+            if warmup >= self.steps:
+                raise ValueError(
+                    f"a warm-up of {warmup} steps does not fit into {self.steps} steps"
+                )
+
+    def model(self, wiring: str, depth: int) -> GPTConfig:
+        """Return the network of one cell, without its vocabulary."""
+        return GPTConfig(
+            depth=depth,
+            dim=self.dim,
+            heads=self.heads,
+            context=self.context,
+            wiring=wiring,
+            norm=self.norm,
+            start=self.start,
+        )
+
+    def training(self, rate: float, warmup: int, seed: int) -> TrainConfig:
+        """Return the training of one cell."""
+        return TrainConfig(
+            steps=self.steps,
+            batch=self.batch,
+            lr=rate,
+            warmup=warmup,
+            schedule=self.schedule,
+            eval_every=max(1, self.steps // EVALUATIONS),
+            eval_batches=max(1, 128 // self.batch),
+            seed=seed,
+        )
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training of the grid: all that decides its outcome."""
+
+    model: GPTConfig
+    training: TrainConfig
+    source: str
+    sha256: str
+    choice: Choice
+
+    @property
+    def key(self) -> str:
+        """The name of the cell's file, a hash of what decides the outcome (not of how fast)."""
+        facts = {
+            "model": asdict(self.model),
+            "training": asdict(self.training),
+            "text": self.sha256,
+            "precision": self.choice.precision,
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class CompareObserver:
+    """Hears how a comparison goes. The base class is silent."""
+
+    def say(self, message: str) -> None:
+        """Hear a sentence."""
+
+    def begin(self, result: dict[str, Any], cells: Sequence[Cell]) -> None:
+        """Hear the cells that are finished already, and all cells of the grid."""
+
+    def finished(self, cell: dict[str, Any]) -> None:
+        """Hear the result of one cell."""
+
+
+def compare(
+    config: CompareConfig | None = None,
+    *,
+    out: str | Path | None = None,
+    observer: CompareObserver | None = None,
+    plugins: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Train every cell of the grid and return the comparison as plain values.
+
+    With `out`, finished cells are kept in that folder and `comparison.json` is written there.
+    `plugins`: modules or files that define the user's wirings, imported in every process. Raises
+    `ValueError` for a grid that cannot be built and for a folder that holds another text.
+    """
+    load_plugins(plugins)
+    config, observer = config or CompareConfig(), observer or CompareObserver()
+    data = _data(config.data, config.context)
+    device = pick_device(config.device)
+    if out is None:
+        return _compare(config, data, device, None, observer, plugins)
+    with locked(Path(out)):
+        return _compare(config, data, device, Path(out), observer, plugins)
+
+
+def _compare(
+    config: CompareConfig,
+    data: TextData,
+    device: torch.device,
+    folder: Path | None,
+    observer: CompareObserver,
+    plugins: Sequence[str],
+) -> dict[str, Any]:
+    before = _before(folder, data)
+    choice = choice_from(before["choice"]) if before else _choose(config, data, device)
+    choice = replace(choice, precision=config.precision)
+    observer.say(f"computing in {choice}")
+    cells = list(_cells(config, data, choice))
+    result = {
+        "schema": SCHEMA,
+        "addnorm": __version__,
+        "torch": torch.__version__,
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {device}",
+        "date": datetime.date.today().isoformat(),
+        "settings": asdict(config),
+        "choice": asdict(choice),
+        "data": data.describe(),
+        "cells": [c for cell in cells if (c := _finished(folder, cell)) is not None],
+    }
+    if folder is not None:
+        write_json(folder / "comparison.json", result)
+    observer.begin(result, cells)
+    done = {c["key"] for c in result["cells"]}
+    waiting = sorted((c for c in cells if c.key not in done), key=lambda c: -c.model.depth)
+    jobs = config.jobs or (1 if device.type == "cuda" else os.cpu_count() or 1)
+    parallel = joblib.Parallel(n_jobs=min(jobs, len(waiting)) or 1, return_as="generator_unordered")
+    run = joblib.delayed(_train_cell)
+    for cell in parallel(run(c, str(device), folder, tuple(plugins)) for c in waiting):
+        result["cells"].append(cell)
+        observer.finished(cell)
+    order = {cell.key: i for i, cell in enumerate(cells)}
+    result["cells"].sort(key=lambda c: order[c["key"]])
+    if folder is not None:
+        write_json(folder / "comparison.json", result)
+    return result
+
+
+def _cells(config: CompareConfig, data: TextData, choice: Choice) -> Iterator[Cell]:
+    grid = itertools.product(config.wirings, config.depths, config.rates, config.warmups)
+    for wiring, depth, rate, warmup in grid:
+        for seed in range(config.seeds):
+            model = replace(config.model(wiring, depth), vocab_size=data.vocab_size)
+            training = config.training(rate, warmup, seed)
+            yield Cell(model, training, config.data, data.sha256, choice)
+
+
+def _before(folder: Path | None, data: TextData) -> dict[str, Any] | None:
+    """Return the comparison that the folder holds; refuse one of another text."""
+    if folder is None or not (folder / "comparison.json").exists():
+        return None
+    before: dict[str, Any] = load_comparison(folder, cells=False)
+    if before["data"]["sha256"] != data.sha256:
+        raise ValueError(
+            f"{folder} holds a comparison on another text (sha256 {before['data']['sha256'][:12]}, "
+            f"this one {data.sha256[:12]}); choose another --out"
+        )
+    return before
+
+
+def _choose(config: CompareConfig, data: TextData, device: torch.device) -> Choice:
+    """Measure how a net of the grid is computed fastest, in the one precision, on one thread."""
+    shape = replace(config.model(config.wirings[0], min(config.depths)), vocab_size=data.vocab_size)
+    model = GPT(shape).to(device)
+    batch = to_device(data.training_batch(0, 0, config.batch), device)
+    threads = torch.get_num_threads()
+    choice, _ = tune(
+        model,
+        make_optimizer,
+        lambda inputs, targets: cross_entropy(model(inputs), targets),
+        batch,
+        config.training(config.rates[0], 0, 0),
+        Runtime(precision=config.precision, compile="off", threads=1),
+        lambda _message: None,
+    )
+    torch.set_num_threads(threads)
+    return choice
+
+
+def _finished(folder: Path | None, cell: Cell) -> dict[str, Any] | None:
+    path = folder / "cells" / f"{cell.key}.json" if folder else None
+    return dict(read_json(path)) if path is not None and path.exists() else None
+
+
+@functools.lru_cache(maxsize=2)
+def _data(source: str, context: int) -> TextData:
+    """Return the data, read once in each process."""
+    return load_text(source, context)
+
+
+def _train_cell(
+    cell: Cell, device_name: str, folder: Path | None, plugins: tuple[str, ...]
+) -> dict[str, Any]:
+    """Train one cell, X-ray it at both ends, and keep the result; runs in a worker process."""
+    load_plugins(plugins)
+    device = torch.device(device_name)
+    data = _data(cell.source, cell.model.context)
+    if data.sha256 != cell.sha256:
+        raise ValueError(f"the text {cell.source!r} changed while the comparison was running")
+    torch.manual_seed(cell.training.seed)
+    model = GPT(cell.model).to(device)
+    batch = to_device(next(data.validation_batches(cell.training.batch, 1)), device)
+    start = xray(model, *batch)
+    run = train_loop(model, data, cell.training, Runtime(device=device_name), choice=cell.choice)
+    end = xray(model, *(run.failed_batch or batch))
+    every = max(1, len(run.losses) // POINTS)
+    result = {
+        "key": cell.key,
+        "wiring": cell.model.wiring,
+        "depth": cell.model.depth,
+        "lr": cell.training.lr,
+        "warmup": cell.training.warmup,
+        "seed": cell.training.seed,
+        "status": status_of(run.validation, run.status == "finished", data.unigram, data.uniform),
+        "validation": run.validation if math.isfinite(run.validation) else None,
+        "parameters": sum(model.parameters_by_part().values()),
+        "flops_per_token": model.flops_per_token(),
+        "tokens": run.tokens,
+        "steps": run.step,
+        "seconds": run.seconds,
+        "tokens_per_second": run.tokens / run.seconds if run.seconds else 0.0,
+        "start_rule": cell.model.start or model.stack.spec.wiring.start,
+        "curve": [list(row) for row in run.evaluations],
+        "losses": [[i + 1, run.losses[i]] for i in range(0, len(run.losses), every)],
+        "start": start.to_dict(),
+        "end": end.to_dict(),
+    }
+    if folder is not None:
+        write_json(folder / "cells" / f"{cell.key}.json", result)
+    return result
+
+
+def load_comparison(folder: str | Path, *, cells: bool = True) -> dict[str, Any]:
+    """Return the comparison in `folder`, with every finished cell of its grid.
+
+    Raises `ValueError` where there is none, or one of another schema.
+    """
+    path = Path(folder) / "comparison.json" if Path(folder).is_dir() else Path(folder)
+    result = read_json(path)
+    if not isinstance(result, dict) or "cells" not in result or "settings" not in result:
+        raise ValueError(f"{path} holds no comparison")
+    if result.get("schema") != SCHEMA:
+        raise ValueError(f"{path} has schema {result.get('schema')}; this version reads {SCHEMA}")
+    if cells and (path.parent / "cells").is_dir():
+        # A comparison that was cut off has finished cells that its summary does not list yet.
+        known = {cell["key"] for cell in result["cells"]}
+        sizes = result["settings"]
+        for file in sorted((path.parent / "cells").glob("*.json")):
+            cell = read_json(file)
+            asked = cell["wiring"] in sizes["wirings"] and cell["depth"] in sizes["depths"]
+            if cell["key"] not in known and asked and cell["lr"] in sizes["rates"]:
+                result["cells"].append(cell)
+    return result
+
+
+def join_comparisons(folders: Sequence[str | Path]) -> dict[str, Any]:
+    """Return one comparison out of several. Raises `ValueError` when text or settings differ."""
+    shape = [f.name for f in fields(CompareConfig)]
+    free = ("wirings", "depths", "rates", "warmups", "seeds", "jobs", "device", "data")
+    fixed = [name for name in shape if name not in free]
+
+    def same(result: dict[str, Any]) -> dict[str, Any]:
+        settings = {name: result["settings"][name] for name in fixed}
+        return {"text": result["data"]["sha256"][:12], **settings}
+
+    return merge([load_comparison(folder) for folder in folders], same)
