@@ -183,12 +183,18 @@ def test_final_norm_stands_where_the_wiring_needs_it(spec):
 
 def test_tied_head_is_the_embedding():
     """A tied head is the token embedding's weight itself, with the spread of a head."""
-    tied, free = gpt(tied=True, vocab_size=500), gpt(vocab_size=500)
+    shape = {"vocab_size": 500, "context": 500}
+    tied, free = gpt(tied=True, **shape), gpt(**shape)
     assert tied.head.weight is tied.token.weight
     assert free.head.weight is not free.token.weight
-    assert tied.token.weight.std().item() == pytest.approx(0.02, rel=0.1)
-    assert free.token.weight.std().item() == pytest.approx(0.1, rel=0.1)
-    assert free.head.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    for module, std in [
+        (tied.token, 0.02),
+        (tied.position, 0.02),
+        (free.token, 0.1),
+        (free.position, 0.1),
+        (free.head, 0.02),
+    ]:
+        assert module.weight.std().item() == pytest.approx(std, rel=0.1)
 
 
 TIED = pytest.mark.xfail(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -52,7 +53,7 @@ def parse(kind: type[Options], command: str, what: str, argv: list[str]) -> Opti
 
     errors = io.StringIO()
     try:
-        with contextlib.redirect_stderr(errors):
+        with contextlib.redirect_stderr(errors), _unwrapped({"-h", "--help"}.isdisjoint(argv)):
             return tyro.cli(
                 kind,
                 prog=f"addnorm {command}",
@@ -67,13 +68,43 @@ def parse(kind: type[Options], command: str, what: str, argv: list[str]) -> Opti
         raise ValueError(_unboxed(errors.getvalue(), command)) from None
 
 
+@contextlib.contextmanager
+def _unwrapped(on: bool) -> Iterator[None]:
+    """Keep tyro from wrapping its errors to the terminal's width; the help stays as it is."""
+    before = os.environ.get("COLUMNS")
+    if on:
+        os.environ["COLUMNS"] = "4000"
+    try:
+        yield
+    finally:
+        if on:
+            os.environ.pop("COLUMNS")
+            if before is not None:
+                os.environ["COLUMNS"] = before
+
+
 def _unboxed(text: str, command: str) -> str:
-    """Take the words out of tyro's box."""
+    """Take one line out of tyro's box."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
-    lines = [line.strip("│╭╮╰╯─ ").strip() for line in plain.splitlines()]
-    words = [line for line in lines if line and not re.match(r"(Parsing|Required|For full)", line)]
-    message = " ".join(words).split(" For full helptext")[0]
-    return f"{message or 'cannot read the options'} (addnorm {command} --help lists them)"
+    rows = [line.strip("│ ") for line in plain.splitlines() if not line.startswith(("╭", "╰"))]
+    sections = [part.strip() for part in re.split(r"\n─+\n", "\n".join(rows))]
+    message = " ".join(sections[0].split())
+    message = re.sub(r"^Error parsing [A-Z]\w*: ", "", message)  # our own errors, as they are
+    if message.startswith("Unrecognized options: "):
+        words = message.removeprefix("Unrecognized options: ").split(", ")
+        message = f"unknown option {next((w for w in words if w.startswith('-')), words[0])!r}"
+        near = re.search(r"Perhaps you meant:\s+(-[-\w]+)", "\n".join(sections))
+        message += f"; did you mean {near[1]}?" if near else ""
+    elif message.startswith("Missing from"):
+        needed = re.match(r"Missing from [^:]*: (\S+)\s+(.*?)(?: \(required\).*)?$", message)
+        message = f"{needed[1]} is missing: {needed[2]}" if needed else message
+    elif message.startswith("Error parsing "):
+        message = message.removeprefix("Error parsing ")
+    elif message.startswith("invalid choice"):
+        message = message.rstrip(".")
+    else:
+        return message
+    return f"{message} (addnorm {command} --help lists the options)"
 
 
 def messages() -> Console:

@@ -1,4 +1,4 @@
-"""Charts as Altair specifications, in English or Chinese; no torch.
+"""The charts of a comparison as Altair specifications, in English or Chinese; no torch.
 
 Every wiring has one colour and one marker shape, the same in all charts of a summary. Rows hold no
 words of either language, so both versions of a chart share their data.
@@ -9,226 +9,317 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import altair as alt
 
 from addnorm.probe.trace import UNDERFLOW
+from addnorm.reports.chart_style import (
+    GREY,
+    MARKERS,
+    WIDTH,
+    Lang,
+    Look,
+    Row,
+    data,
+    depth_header,
+    finish,
+    is_finite,
+    log_axis,
+    margin_text,
+    panels,
+    references,
+    word,
+)  # fmt: skip
 from addnorm.reports.summary import Group, Summary
-
-Lang = Literal["en", "zh"]
-Row = dict[str, Any]
-
-FONT = "Noto Sans CJK SC, Noto Sans, Helvetica, Arial, sans-serif"
-# Okabe and Ito's colours, without the yellow that is too pale for a line on white.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right")
-DASHES = ([1, 0], [6, 3], [2, 2], [10, 3, 2, 3], [4, 6], [12, 4])
-WIDTH = 860  # of the plot, in pixels
-MARKERS = 7  # on a line with many points
-GREY = "#5f6368"
-
-_TEXT = {
-    "depth": ("depth (blocks)", "深度（块数）"),
-    "loss": ("validation loss (nats)", "验证损失（nat）"),
-    "any loss": ("loss (nats)", "损失（nat）"),
-    "step": ("step", "步数"),
-    "wiring": ("wiring", "接法"),
-    "warmup": ("warm-up steps", "预热步数"),
-    "rate": ("learning rate", "学习率"),
-    "seed": ("seed", "随机种子"),
-    "seeds": ("seeds", "随机种子数"),
-    "name": ("connection", "连接"),
-    "number": ("number of the connection", "连接序号"),
-    "unigram": ("unigram", "一元熵"),
-    "uniform": ("uniform", "均匀"),
-    "diverged": ("× diverged", "× 发散"),
-    "place": (
-        "place of the connection (0 % first, 100 % last)",
-        "连接的位置（0% 最前，100% 最后）",
-    ),
-    "gradient": ("gradient RMS / that at the last", "梯度 RMS ÷ 最后一个连接的梯度 RMS"),
-    "stream": ("stream RMS", "残差流 RMS"),
-    "share": ("branch RMS / stream RMS", "分支 RMS ÷ 残差流 RMS"),
-    "plain gradient": ("gradient RMS", "梯度 RMS"),
-    "training": ("training", "训练"),
-    "validation": ("validation", "验证"),
-}
-
-
-def _t(key: str, lang: Lang) -> str:
-    return _TEXT[key][lang == "zh"]
-
-
-# -- what all charts share ---------------------------------------------------------------------
-
-
-def _data(rows: Iterable[Row]) -> alt.Data:
-    return alt.Data(values=[{k: _short(v) for k, v in row.items()} for row in rows])
-
-
-def _short(value: Any) -> Any:
-    """Return a float with 5 digits, None where it is not finite."""
-    if not isinstance(value, float):
-        return value
-    return float(f"{value:.5g}") if math.isfinite(value) else None
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _finish(chart: Any, title: tuple[str, str], under: tuple[str, str], lang: Lang) -> Any:
-    zh = lang == "zh"
-    head = alt.TitleParams(
-        text=title[zh], subtitle=under[zh], anchor="start", fontSize=17, subtitleFontSize=13,
-        subtitleColor=GREY, subtitlePadding=6, offset=14,
-    )  # fmt: skip
-    return (
-        chart.properties(title=head, description=f"{title[zh]}. {under[zh]}", background="white")
-        .configure(font=FONT)
-        .configure_axis(labelFontSize=13, titleFontSize=14, titleFontWeight="normal",
-                        gridColor="#e8eaed", labelColor="#202124", titleColor="#202124")
-        .configure_legend(labelFontSize=13, titleFontSize=13, symbolSize=90, labelLimit=320)
-        .configure_header(labelFontSize=14, titleFontSize=14, labelFontWeight="bold")
-        .configure_view(stroke="#dadce0")
-    )  # fmt: skip
-
-
-def _pick() -> alt.Parameter:
-    """Return the selection that a click in the legend makes."""
-    return alt.selection_point(name="pick", fields=["wiring"], bind="legend", toggle="true")
-
-
-class _Look:
-    """Colour and shape by wiring, dash by warm-up, with their legends."""
-
-    def __init__(self, wirings: Sequence[str], warmups: Sequence[int], lang: Lang) -> None:
-        longest = max(map(len, wirings))
-        legend = alt.Legend(
-            title=_t("wiring", lang), orient="bottom", symbolLimit=0, titleOrient="left",
-            columns=max(1, min(len(wirings), int(820 / (min(longest, 42) * 7.6 + 34)))),
-        )  # fmt: skip
-        count, names = len(PALETTE), list(wirings)
-        colours = [PALETTE[i % count] for i in range(len(names))]
-        shapes = [SHAPES[(i + i // count) % len(SHAPES)] for i in range(len(names))]
-        self.colour = alt.Color(
-            "wiring:N", scale=alt.Scale(domain=names, range=colours), legend=legend
-        )
-        self.shape = alt.Shape(
-            "wiring:N", scale=alt.Scale(domain=names, range=shapes), legend=legend
-        )
-        dashes = [DASHES[i % len(DASHES)] for i in range(len(warmups))]
-        self.dash = alt.StrokeDash(
-            "warmup:O",
-            scale=alt.Scale(domain=list(warmups), range=dashes),
-            legend=alt.Legend(
-                title=_t("warmup", lang), orient="bottom", titleOrient="left", symbolSize=700,
-                symbolStrokeWidth=2, direction="horizontal",
-            ) if len(warmups) > 1 else None,
-        )  # fmt: skip
-        self.pick = _pick()
-
-    def opacity(self, value: float) -> Any:
-        """Return the opacity of what is picked; the rest fades."""
-        return alt.when(self.pick).then(alt.value(value)).otherwise(alt.value(0.06))
-
-
-def _log_axis(values: Iterable[Any], title: str) -> alt.Y:
-    """Return a log y axis named `y` over positive values, with round labels."""
-    found = [v for v in values if _finite(v) and v > 0] or [1.0]
-    low, high = math.log10(min(found)), math.log10(max(found))
-    pad = max(0.05 * (high - low), 0.15 - (high - low) / 2, 0.04)
-    low, high = low - pad, high + pad
-    if high - low > 2:
-        step = math.ceil((high - low) / 9)
-        ticks = [10.0 ** (k * step) for k in range(math.ceil(low / step), int(high // step) + 1)]
-    else:
-        marks = (1, 2, 5) if high - low > 0.9 else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
-        ticks = [m * 10.0**k for k in range(math.floor(low), math.ceil(high) + 1) for m in marks]
-        ticks = [t for t in ticks if low <= math.log10(t) <= high]
-    label = "datum.value >= 0.001 && datum.value < 100000 ? format(datum.value, '~g') : "
-    return alt.Y(
-        "y:Q",
-        title=title,
-        scale=alt.Scale(type="log", domain=[10**low, 10**high], nice=False),
-        axis=alt.Axis(values=ticks, labelExpr=label + "format(datum.value, '.0e')"),
-    )
-
-
-def _references(s: Any, lang: Lang, x: float) -> list[alt.Chart]:
-    """Return the unigram and uniform lines, labelled right of the plot at `x`."""
-    layers = []
-    for key in ("unigram", "uniform"):
-        value = float(getattr(s, key) if isinstance(s, Summary) else s[key])
-        base = alt.Chart(alt.Data(values=[{}])).encode(y=alt.datum(value, type="quantitative"))
-        layers.append(base.mark_rule(color=GREY, strokeDash=[3, 3]))
-        label = f"{_t(key, lang)} {value:.3f}"
-        text = base.mark_text(align="left", dx=6, fontSize=13, color=GREY, text=label)
-        layers.append(text.encode(x=alt.value(x)))
-    return layers
-
-
-def _panels(depths: Sequence[int]) -> tuple[int, int]:
-    """Return the columns and the plot width of a chart with one panel per depth."""
-    columns = 1 if len(depths) == 1 else 2 if len(depths) in (2, 4) else 3
-    return columns, (WIDTH, 410, 265)[columns - 1]
-
-
-def _depth_header(lang: Lang) -> alt.Header:
-    word = "深度 " if lang == "zh" else "depth "
-    return alt.Header(title=None, labelExpr=f"'{word}' + datum.value")
-
 
 # -- loss against depth ------------------------------------------------------------------------
 
 
+def _loss_rows(s: Summary) -> list[Row]:
+    """Return a mean per wiring, depth and warm-up at the best rate, and its seeds."""
+    rows: list[Row] = []
+    for wiring in s.wirings:
+        for depth in s.depths:
+            for warmup in s.warmups:
+                group = s.best(wiring, depth, warmup)
+                if group is None:
+                    continue
+                same = {"wiring": wiring, "depth": depth, "warmup": warmup, "rate": group.lr}
+                rows.append(same | {"kind": "mean", "loss": group.loss})
+                for cell, loss in zip(group.cells, group.losses, strict=True):
+                    kind = "seed" if math.isfinite(loss) else "diverged"
+                    rows.append(same | {"kind": kind, "loss": loss, "seed": cell["seed"]})
+    return rows
+
+
+def _place_diverged(rows: list[Row], s: Summary, low: float, high: float) -> float:
+    """Give the diverged seeds places in a band above `high`; return where the band ends."""
+    place: dict[int, int] = defaultdict(int)
+    nudge, line, top = max(1.06, s.depths[-1] / s.depths[0]) ** 0.016, 0.04 * (high - low), high
+    for row in rows:
+        if row["kind"] == "diverged":
+            k = place[row["depth"]]
+            place[row["depth"]] += 1
+            row["loss"] = high + line * (1.2 + k // 7)
+            row["x"] = row["depth"] * nudge ** ((k % 7 + 1) // 2 * (-1 if k % 2 else 1))
+            top = max(top, row["loss"])
+        else:
+            row["x"] = float(row["depth"])
+    return top + line
+
+
 def loss_by_depth(s: Summary, lang: Lang = "en") -> alt.LayerChart:
-    """Final validation loss against depth at the best rate: means as lines, seeds as points."""
-    look = _Look(s.wirings, s.warmups, lang)
-    rows = _loss_rows(s)
-    base = alt.Chart(_data(rows))
-    span = s.depths[-1] / s.depths[0]
-    side = max(1.06, span**0.06)
+    """Validation loss against depth at the best rate: means as lines, seeds as points."""
+    look, rows = Look(s.wirings, s.warmups, lang), _loss_rows(s)
+    finite = [r["loss"] for r in rows if is_finite(r["loss"])]
+    low, high = min([*finite, s.unigram]), max([*finite, s.uniform])
+    top = _place_diverged(rows, s, low, high)
+    side = max(1.1, (s.depths[-1] / s.depths[0]) ** 0.08)
     x = alt.X(
-        "depth:Q",
-        title=_t("depth", lang),
+        "x:Q",
+        title=word("depth", lang),
         scale=alt.Scale(type="log", domain=[s.depths[0] / side, s.depths[-1] * side], nice=False),
-        axis=alt.Axis(values=s.depths, format="d", grid=False),
+        axis=alt.Axis(values=s.depths, format="d", grid=False, labelOverlap=True),
     )
-    low = min([r["loss"] for r in rows if _finite(r["loss"])] + [s.unigram])
-    high = max([r["loss"] for r in rows if _finite(r["loss"])] + [s.uniform])
     y = alt.Y(
         "loss:Q",
-        title=_t("loss", lang),
-        scale=alt.Scale(domain=[low - 0.06 * (high - low), high + 0.03], zero=False, nice=False),
+        title=word("loss", lang),
+        scale=alt.Scale(domain=[low - 0.05 * (high - low), top], zero=False, nice=False),
     )
-    tips = [
-        alt.Tooltip("wiring:N", title=_t("wiring", lang)),
-        alt.Tooltip("depth:Q", title=_t("depth", lang)),
-        alt.Tooltip("rate:Q", title=_t("rate", lang)),
-        alt.Tooltip("warmup:Q", title=_t("warmup", lang)),
-        alt.Tooltip("loss:Q", title=_t("loss", lang), format=".4f"),
-    ]
-    seed = alt.Tooltip("seed:N", title=_t("seed", lang))
-    means = base.transform_filter("datum.kind == 'mean'").encode(
-        x, y, look.colour, opacity=look.opacity(1)
+    keys = (
+        ("wiring:N", "wiring"),
+        ("depth:Q", "depth"),
+        ("rate:Q", "rate"),
+        ("warmup:Q", "warmup"),
     )
-    seeds = base.transform_filter("datum.kind == 'seed'").encode(
-        x, y, look.colour, opacity=look.opacity(0.6), tooltip=[*tips, seed]
-    )
-    failed = base.transform_filter("datum.kind == 'diverged'").encode(
-        x, y, look.colour, opacity=look.opacity(1), tooltip=[*tips[:-1], seed]
-    )
-    marks = alt.Chart(alt.Data(values=[{}])).mark_text(
-        align="left", dx=6, fontSize=13, color=GREY, text=_t("diverged", lang)
+    tips = [alt.Tooltip(field, title=word(key, lang)) for field, key in keys]
+    loss = alt.Tooltip("loss:Q", title=word("loss", lang), format=".4f")
+    seed = alt.Tooltip("seed:N", title=word("seed", lang))
+    base = alt.Chart(data(rows)).encode(x, y, look.colour)
+    mean, point, lost = (
+        base.transform_filter(f"datum.kind == '{kind}'") for kind in ("mean", "seed", "diverged")
     )
     layers = [
-        *_references(s, lang, WIDTH),
-        means.mark_line(strokeWidth=2).encode(look.dash, detail="warmup:O"),
-        seeds.mark_circle(size=22),
-        means.mark_point(filled=True, size=75).encode(look.shape, tooltip=tips),
+        *references(s.unigram, s.uniform, lang),
+        mean.mark_line(strokeWidth=2).encode(look.dash, opacity=look.opacity(1)),
+        point.mark_circle(size=24).encode(opacity=look.opacity(0.7), tooltip=[*tips, seed, loss]),
+        mean.mark_point(filled=True, size=80).encode(
+            look.shape, opacity=look.opacity(1), tooltip=[*tips, loss]
+        ),
+        lost.mark_text(text="×", fontSize=20, fontWeight="bold").encode(
+            opacity=look.opacity(1), tooltip=[*tips, seed]
+        ),
     ]
-    del failed, marks
-    return layers  # type: ignore[return-value]
+    if top > high + 0.05 * (high - low):
+        layers.append(margin_text(top - 0.04 * (high - low), word("diverged", lang)))
+    chart = alt.layer(*layers).properties(width=WIDTH, height=430).add_params(look.pick)
+    return finish(  # type: ignore[no-any-return]
+        chart,
+        ("Loss against depth", "损失与深度"),
+        (
+            "At each wiring's best rate. Large marks: mean of the seeds; small points: each seed.",
+            "各接法取其最佳学习率。大标记为各随机种子的均值，小圆点为单个随机种子。",
+        ),
+        lang,
+    )
+
+
+# -- X-rays through depth ----------------------------------------------------------------------
+
+
+def _profile(cells: Sequence[Row], when: str, value: str) -> list[tuple[str, float | None]]:
+    """Return name and median over seeds of a vital of each connection; None where not measured."""
+    traces = [c[when]["connections"] for c in cells if c.get(when)]
+    found: list[tuple[str, float | None]] = []
+    for row in zip(*traces, strict=False):
+        values = [c[value] for c in row if is_finite(c[value])]
+        found.append((row[0]["name"], statistics.median(values) if values else None))
+    return found
+
+
+def _through_depth(group: Group, when: str, value: str, index: int) -> list[Row]:
+    """Return the rows of one line, with a marker at a few of its points."""
+    profile = _profile(group.cells, when, value)
+    count = len(profile)
+    every = max(1, count // MARKERS)
+    return [
+        {
+            "wiring": group.wiring,
+            "depth": group.depth,
+            "when": when,
+            "place": i / max(1, count - 1),
+            "number": i,
+            "name": name,
+            "y": y,
+            "mark": (i + index) % every == 0 or count == 1,
+        }
+        for i, (name, y) in enumerate(profile)
+    ]
+
+
+def _depth_lines(look: Look, rows: list[Row], y: alt.Y, y_title: str, lang: Lang) -> alt.LayerChart:
+    """Return lines over the relative depth, to be repeated in panels."""
+    x = alt.X(
+        "place:Q",
+        title=word("place", lang),
+        scale=alt.Scale(domain=[0, 1], nice=False),
+        axis=alt.Axis(format="%", values=[0, 0.25, 0.5, 0.75, 1], grid=False, labelFlush=True),
+    )
+    keys = (
+        ("wiring:N", "wiring"),
+        ("depth:Q", "depth"),
+        ("number:Q", "number"),
+        ("name:N", "name"),
+    )
+    tips = [alt.Tooltip(field, title=word(key, lang)) for field, key in keys]
+    tips.append(alt.Tooltip("y:Q", title=y_title, format=".3g"))
+    base = alt.Chart().encode(x, y, look.colour, opacity=look.opacity(1))
+    points = base.transform_filter("datum.mark").mark_point(filled=True, size=60, clip=True)
+    return alt.layer(
+        base.mark_line(strokeWidth=1.8, clip=True),
+        points.encode(look.shape, tooltip=tips),
+        data=data(rows),
+    )
+
+
+def gradient_by_depth(s: Summary, lang: Lang = "en") -> alt.FacetChart:
+    """Gradient RMS through depth at the start over that at the last connection; a panel a depth."""
+    rows: list[Row] = []
+    for index, wiring in enumerate(s.wirings):
+        for depth in s.depths:
+            group = s.best(wiring, depth)
+            line = _through_depth(group, "start", "gradient_after", index) if group else []
+            last = line[-1]["y"] if line else None
+            for row in line:
+                known = row["y"] is not None and last
+                row["y"] = max(row["y"], UNDERFLOW) / last if known else None
+            rows += line
+    look = Look(s.wirings, [0], lang)
+    title = word("gradient", lang)
+    y = log_axis((r["y"] for r in rows), title)
+    columns, width = panels(s.depths)
+    inner = _depth_lines(look, rows, y, title, lang).properties(width=width, height=300)
+    facet = alt.Facet("depth:O", header=depth_header(lang), sort="ascending")
+    chart = inner.facet(facet, columns=columns).add_params(look.pick)
+    return finish(  # type: ignore[no-any-return]
+        chart,
+        ("Gradient through depth at the start", "训练开始时梯度沿深度的分布"),
+        (
+            "Level: every layer hears the same. Falling to the left: the gradient vanishes on its "
+            "way back to the input.",
+            "水平：各层收到同样大小的梯度。向左下降：梯度在回传到输入的途中消失。",
+        ),
+        lang,
+    )
+
+
+def stream_by_depth(s: Summary, lang: Lang = "en") -> alt.FacetChart:
+    """Stream RMS through depth at the start and at the end of training; a row of panels a depth."""
+    rows: list[Row] = []
+    for index, wiring in enumerate(s.wirings):
+        for depth in s.depths:
+            group = s.best(wiring, depth)
+            for when in ("start", "end") if group else ():
+                assert group is not None
+                rows += _through_depth(group, when, "stream_after", index)
+    look = Look(s.wirings, [0], lang)
+    title = word("stream", lang)
+    y = log_axis((r["y"] for r in rows), title)
+    inner = _depth_lines(look, rows, y, title, lang).properties(width=405, height=220)
+    words = ("训练开始时", "训练结束时") if lang == "zh" else ("at the start", "at the end")
+    header = alt.Header(
+        title=None, labelExpr=f"datum.value == 'start' ? '{words[0]}' : '{words[1]}'"
+    )
+    chart = inner.facet(
+        row=alt.Row("depth:O", header=depth_header(lang), sort="ascending"),
+        column=alt.Column("when:N", header=header, sort=["start", "end"]),
+    ).add_params(look.pick)
+    return finish(  # type: ignore[no-any-return]
+        chart,
+        ("Stream through depth", "残差流沿深度的变化"),
+        (
+            "RMS of the stream after each connection, before the first and after the last step.",
+            "每个连接之后残差流的 RMS，分别取自第一步之前和最后一步之后。",
+        ),
+        lang,
+    )
+
+
+# -- losses over steps -------------------------------------------------------------------------
+
+
+def curves(s: Summary, lang: Lang = "en") -> alt.FacetChart:
+    """Validation loss over steps at the best rate: the mean, and a faint line per seed."""
+    rows: list[Row] = []
+    for depth in s.depths:
+        rows.append({"kind": "line", "depth": depth, "step": 0})
+        for wiring in s.wirings:
+            for warmup in s.warmups:
+                group = s.best(wiring, depth, warmup)
+                rows += _curve_rows(group) if group else []
+    finite = [r["loss"] for r in rows if is_finite(r.get("loss"))]
+    low = min([*finite, s.unigram])
+    high = max(s.uniform, *(v for v in [s.uniform, *finite] if v < 1.15 * s.uniform))
+    pad = 0.04 * (high - low)
+    look = Look(s.wirings, s.warmups, lang)
+    y = alt.Y(
+        "loss:Q",
+        title=word("loss", lang),
+        scale=alt.Scale(domain=[low - pad, high + pad], zero=False, nice=False),
+    )
+    x = alt.X("step:Q", title=word("step", lang), axis=alt.Axis(tickCount=5, grid=False))
+    base = alt.Chart().encode(x, y)
+    line = base.transform_filter("datum.kind == 'line'")
+    lines = [
+        line.mark_rule(color=GREY, strokeDash=[3, 3]).encode(y=alt.datum(v, type="quantitative"))
+        for v in (s.unigram, s.uniform)
+    ]
+    keys = (("wiring:N", "wiring"), ("warmup:Q", "warmup"), ("step:Q", "step"))
+    tips = [alt.Tooltip(field, title=word(key, lang)) for field, key in keys]
+    tips.append(alt.Tooltip("loss:Q", title=word("loss", lang), format=".4f"))
+    mean = base.transform_filter("datum.kind == 'mean'").encode(look.colour, tooltip=tips)
+    seed = base.transform_filter("datum.kind == 'seed'").encode(look.colour, look.dash)
+    columns, width = panels(s.depths)
+    chart = alt.layer(
+        *lines,
+        seed.mark_line(strokeWidth=1, clip=True).encode(detail="seed:N", opacity=look.opacity(0.3)),
+        mean.mark_line(strokeWidth=2.2, clip=True).encode(look.dash, opacity=look.opacity(1)),
+        mean.transform_filter("datum.mark")
+        .mark_point(filled=True, size=55, clip=True)
+        .encode(look.shape, opacity=look.opacity(1)),
+        data=data(rows),
+    ).properties(width=width, height=300)
+    facet = alt.Facet("depth:O", header=depth_header(lang), sort="ascending")
+    names = ("uniform", "unigram")
+    under = {v: f"{word(v, lang)} {getattr(s, v):.3f}" for v in names}
+    return finish(  # type: ignore[no-any-return]
+        chart.facet(facet, columns=columns).add_params(look.pick),
+        ("Validation loss over steps", "验证损失随步数的变化"),
+        (
+            f"At each wiring's best rate; faint: each seed. Dotted lines: {under['uniform']} "
+            f"(top) and {under['unigram']}.",
+            f"各接法取其最佳学习率；浅色线为单个随机种子。点线：{under['uniform']}（上）与"
+            f"{under['unigram']}（下）。",
+        ),
+        lang,
+    )
+
+
+def _curve_rows(group: Group) -> list[Row]:
+    same = {"wiring": group.wiring, "depth": group.depth, "warmup": group.warmup}
+    by_step: dict[int, list[float]] = defaultdict(list)
+    rows: list[Row] = []
+    for cell in group.cells:
+        for step, loss, *_ in cell["curve"]:
+            if len(group.cells) > 1:
+                rows.append(
+                    same | {"kind": "seed", "seed": cell["seed"], "step": step, "loss": loss}
+                )
+            by_step[step].append(loss if is_finite(loss) else math.nan)
+    means = [(k, statistics.fmean(v)) for k, v in by_step.items() if len(v) == len(group.cells)]
+    for i, (step, loss) in enumerate(sorted(means)):
+        mark = i % max(1, len(means) // 5) == 0
+        rows.append(same | {"kind": "mean", "step": step, "loss": loss, "mark": mark})
+    return rows

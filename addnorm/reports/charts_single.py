@@ -1,0 +1,130 @@
+"""The charts of one X-ray and of one training run, in English or Chinese; no torch."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+import altair as alt
+
+from addnorm.probe.trace import UNDERFLOW
+from addnorm.reports.chart_style import (
+    PALETTE,
+    WIDTH,
+    Lang,
+    Row,
+    data,
+    finish,
+    is_finite,
+    log_axis,
+    references,
+    word,
+)  # fmt: skip
+
+
+def trace_chart(trace: Row, lang: Lang = "en") -> alt.VConcatChart:
+    """Stream RMS, branch share and gradient RMS by connection, over one shared axis."""
+    connections = trace["connections"]
+    last = max(1, len(connections) - 1)
+    vitals = (
+        ("stream_after", "stream"),
+        ("branch_share", "share"),
+        ("gradient_after", "plain gradient"),
+    )
+    shown = [v for v in vitals if any(is_finite(c[v[0]]) for c in connections)]
+    panels = []
+    for index, (key, name) in enumerate(shown):
+        values = [c[key] if is_finite(c[key]) else None for c in connections]
+        if key == "gradient_after":
+            values = [v and max(v, UNDERFLOW) for v in values]
+        rows = [
+            {"number": i, "name": c["name"], "y": v}
+            for i, (c, v) in enumerate(zip(connections, values, strict=True))
+        ]
+        finite = [v for v in values if v is not None]
+        log = min(finite) > 0
+        title = word(name, lang)
+        y = log_axis(finite, title) if log else alt.Y("y:Q", title=title)
+        lowest = index + 1 == len(shown)
+        axis = alt.Axis(
+            title=word("number", lang) if lowest else None,
+            labels=lowest,
+            tickMinStep=1,
+            format="d",
+            grid=False,
+        )
+        scale = alt.Scale(domain=[0, last], nice=False, padding=8)
+        x = alt.X("number:Q", scale=scale, axis=axis)
+        tips = [
+            alt.Tooltip("number:Q", title=word("number", lang)),
+            alt.Tooltip("name:N", title=word("name", lang)),
+            alt.Tooltip("y:Q", title=title, format=".4g"),
+        ]
+        base = alt.Chart(data(rows)).encode(x, y, tooltip=tips)
+        colour = PALETTE[index]
+        size = 45 if len(connections) <= 120 else 12
+        panel = base.mark_line(color=colour) + base.mark_circle(color=colour, size=size, opacity=1)
+        panels.append(panel.properties(width=WIDTH, height=170))
+    chart = alt.vconcat(*panels, spacing=14).resolve_scale(x="shared")
+    return finish(  # type: ignore[no-any-return]
+        chart,
+        ("Vitals by connection", "各连接的体征"),
+        ("Connection 0 is nearest to the input.", "连接 0 最靠近输入。"),
+        lang,
+    )
+
+
+def run_chart(
+    metrics: Sequence[Row], unigram: float, uniform: float, lang: Lang = "en", points: int = 400
+) -> alt.LayerChart:
+    """Training and validation loss of one run; a long run's training loss as means of stretches."""
+    train = [(r["step"], r["loss"]) for r in metrics if is_finite(r.get("loss"))]
+    size = max(1, math.ceil(len(train) / points))
+    parts = [train[i : i + size] for i in range(0, len(train), size)]
+    rows: list[Row] = [
+        {"kind": "training", "step": p[-1][0], "loss": statistics.fmean(v for _, v in p)}
+        for p in parts
+    ]
+    for row in metrics:
+        if is_finite(row.get("validation")):
+            rows.append({"kind": "validation", "step": row["step"], "loss": row["validation"]})
+    losses = [r["loss"] for r in rows]
+    low, high = min([*losses, unigram]), max([uniform, *(v for v in losses if v < 1.3 * uniform)])
+    pad = 0.04 * (high - low)
+    label = f"datum.label == 'training' ? '{word('training', lang)}' : '{word('validation', lang)}'"
+    colour = alt.Color(
+        "kind:N",
+        scale=alt.Scale(domain=["training", "validation"], range=[PALETTE[4], PALETTE[1]]),
+        legend=alt.Legend(title=None, orient="bottom", labelExpr=label, symbolStrokeWidth=3),
+    )
+    tips = [
+        alt.Tooltip("step:Q", title=word("step", lang)),
+        alt.Tooltip("loss:Q", title=word("any loss", lang), format=".4f"),
+    ]
+    base = alt.Chart(data(rows)).encode(
+        alt.X("step:Q", title=word("step", lang), axis=alt.Axis(grid=False)),
+        alt.Y(
+            "loss:Q",
+            title=word("any loss", lang),
+            scale=alt.Scale(domain=[low - pad, high + pad], zero=False, nice=False),
+        ),
+        colour,
+        tooltip=tips,
+    )
+    validation = base.transform_filter("datum.kind == 'validation'")
+    chart = alt.layer(
+        *references(unigram, uniform, lang),
+        base.transform_filter("datum.kind == 'training'").mark_line(strokeWidth=1.3, clip=True),
+        validation.mark_line(strokeWidth=2.5, clip=True),
+        validation.mark_circle(size=60, opacity=1, clip=True),
+    ).properties(width=WIDTH, height=400)
+    mean = f", means of {size} steps" if size > 1 else ""
+    mean_zh = f"，每 {size} 步取均值" if size > 1 else ""
+    return finish(  # type: ignore[no-any-return]
+        chart,
+        ("Loss over steps", "损失随步数的变化"),
+        (f"Training loss (one batch a step{mean}) and validation loss.",
+         f"训练损失（每步一个批次{mean_zh}）与验证损失。"),
+        lang,
+    )  # fmt: skip
