@@ -100,7 +100,8 @@ class DropPath(Branch):
         if not self.training or self.rate == 0:
             return out
         keep = 1 - self.rate
-        shape = (out.shape[0],) + (1,) * (out.dim() - 1)
+        samples = out.shape[0] if out.dim() > 1 else 1
+        shape = (samples,) + (1,) * (out.dim() - 1)
         return out * (torch.rand(shape, device=out.device) < keep).to(out.dtype) / keep
 
     def matrices(self) -> dict[str, Tensor]:
@@ -145,13 +146,19 @@ def _he(_role: str, weight: Tensor, _count: int) -> None:
     nn.init.kaiming_normal_(weight, nonlinearity="relu")
 
 
-STARTS: Mapping[str, Callable[[str, Tensor, int], None] | None] = {
+def _torch(_role: str, weight: Tensor, _count: int) -> None:
+    """U(-1, 1) / sqrt(fan_in), as `nn.Linear` starts, which also starts its biases so."""
+    bound = 1 / math.sqrt(weight.shape[1])
+    nn.init.uniform_(weight, -bound, bound)
+
+
+STARTS: Mapping[str, Callable[[str, Tensor, int], None]] = {
     "normal": _normal,
     "gpt2": _gpt2,
     "xavier": _xavier,
     "fairseq": _fairseq,
     "he": _he,
-    "torch": None,  # every linear layer as `nn.Linear` starts, biases too
+    "torch": _torch,
 }
 
 
@@ -165,20 +172,22 @@ def start(branch: Branch, name: str, count: int, gains: Mapping[str, float]) -> 
     """
     matrices = branch.matrices()
     if gains and not matrices:
+        module = branch.module if isinstance(branch, Wrapped) else branch
         raise ValueError(
-            f"{type(branch).__name__} names no matrices, but the wiring scales {', '.join(gains)}; "
-            "give the branch a `matrices()` that returns them by role"
+            f"{type(module).__name__} names no matrices, but the wiring scales {', '.join(gains)}; "
+            "make it a Branch whose matrices() returns them by role"
         )
-    fill = STARTS[name]
-    if matrices:
-        for module in branch.modules():
-            if isinstance(module, nn.Linear):
-                if fill is None:
-                    module.reset_parameters()
-                elif module.bias is not None:
-                    nn.init.zeros_(module.bias)
+    linears = [m for m in branch.modules() if isinstance(m, nn.Linear)] if matrices else []
+    own = {id(linear.weight) for linear in linears}
+    for linear in linears:
+        if name == "torch":
+            linear.reset_parameters()  # weight, then bias, as the random stream of nn.Linear goes
+        elif linear.bias is not None:
+            nn.init.zeros_(linear.bias)
     for role, weight in matrices.items():
-        assert role in ROLES, role
-        if fill is not None:
-            fill(role, weight, count)
+        if role not in ROLES:
+            raise ValueError(f"unknown role {role!r} of a matrix (known: {', '.join(ROLES)})")
+        whole = weight if weight._base is None else weight._base
+        if name != "torch" or id(whole) not in own:
+            STARTS[name](role, weight, count)
         weight.mul_(gains.get(role, 1.0))

@@ -187,6 +187,8 @@ class Stack(nn.Module):
             raise ValueError(f"dim {dim} must be at least 1")
         if start and start not in STARTS:
             raise ValueError(unknown("start", start, STARTS))
+        if not 0 <= drop_path < 1:
+            raise ValueError(f"drop_path {drop_path} must be at least 0 and less than 1")
         if not shared and len({id(branch) for branch in branches}) < count:
             raise ValueError("the same branch occurs twice in a stack; say shared=True if meant")
         made = []
@@ -285,7 +287,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Spec:
-    """A wiring and its options. `str(spec)` is the canonical form, which drops the defaults."""
+    """A wiring and its options that differ from the defaults; `str(spec)` is the canonical form."""
 
     name: str
     options: dict[str, Any] = field(default_factory=dict, hash=False)
@@ -300,12 +302,8 @@ class Spec:
         return self.wiring(branch, site, **self.options)
 
     def __str__(self) -> str:
-        defaults = options_of(self.wiring)
-        shown = [
-            f"{k}={_literal(self.options[k])}"
-            for k, p in defaults.items()
-            if k in self.options and self.options[k] != p.default
-        ]
+        order = options_of(self.wiring)
+        shown = [f"{k}={_literal(self.options[k])}" for k in order if k in self.options]
         return f"{self.name}({', '.join(shown)})" if shown else self.name
 
 
@@ -350,7 +348,7 @@ def parse_spec(text: str) -> Spec:
         if key in options:
             raise ValueError(f"the wiring {text!r} sets {key} twice")
         options[key] = _value(text, key, value, hints[key])
-    spec = Spec(name, options)
+    spec = Spec(name, {k: v for k, v in options.items() if v != declared[k].default})
     # Options are checked where they are declared: build once on a width of 1, without memory.
     with torch.device("meta"):
         spec.build(_Probe(), Site(dim=1, start="torch"))
@@ -374,7 +372,7 @@ def _value(text: str, key: str, value: str, kind: Any) -> Any:
     words: dict[str, Any] = {"true": True, "false": False}
     try:
         read = words[value] if value in words else ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         read = value
     if typing.get_origin(kind) is Literal:
         if read not in typing.get_args(kind):
@@ -382,7 +380,7 @@ def _value(text: str, key: str, value: str, kind: Any) -> Any:
                 unknown(f"value of {key} in {text!r}", str(read), typing.get_args(kind))
             )
         return read
-    if kind is float and type(read) is int:
+    if kind is float and type(read) is int and abs(read) < 2**53:
         return float(read)
     if type(read) is not kind:
         raise ValueError(f"{key}={value} in the wiring {text!r} must be of type {kind.__name__}")

@@ -264,7 +264,7 @@ def test_start_has_its_spread(spec, start, std):
 
 def test_deepnorm_refuses_a_branch_without_matrices():
     """A scheme that scales its branch refuses one that does not name its matrices."""
-    message = r"names no matrices, but the wiring scales value, in, out; .*`matrices\(\)`"
+    message = r"^Linear names no matrices, but the wiring scales value, in, out; .* matrices\(\)"
     with pytest.raises(ValueError, match=message):
         Stack([nn.Linear(4, 4)], "deepnorm", dim=4)
 

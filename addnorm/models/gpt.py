@@ -76,8 +76,6 @@ class GPT(nn.Module):
         self.stack = Stack(branches, config.wiring, dim=D, parts=2, norm=norm, start=config.start)
         self.norm = norm(D) if self.stack.final_norm else nn.Identity()
         self.head = nn.Linear(D, config.vocab_size, bias=False)
-        if config.tied:
-            self.head.weight = self.token.weight
         self.reset_parameters()
 
     def forward(self, tokens: Tensor, context: Context | None = None, past: int = 0) -> Tensor:
@@ -106,6 +104,8 @@ class GPT(nn.Module):
         | norms | gain 1, bias 0 |
         | head | N(0, 0.02), or the token embedding |
         """
+        if self.config.tied:  # here, because leaving the meta device unties them
+            self.head.weight = self.token.weight
         embedding = 0.02 if self.config.tied else 0.1  # 0.02 starves the wirings without a norm
         nn.init.normal_(self.token.weight, std=embedding)
         nn.init.normal_(self.position.weight, std=embedding)

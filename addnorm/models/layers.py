@@ -5,7 +5,8 @@ Shapes: B batch, T query positions, S key positions, H heads, E = D / H width of
 
 from __future__ import annotations
 
-import math
+import functools
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -17,12 +18,12 @@ from addnorm.branches import Branch, Context
 AttentionPath = Literal["sdpa", "matmul"]
 ATTENTION_PATHS: tuple[AttentionPath, ...] = ("sdpa", "matmul")
 NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
-ACTIVATIONS = {
-    "gelu": nn.GELU(),
-    "gelu-tanh": nn.GELU(approximate="tanh"),
-    "relu": nn.ReLU(),
-    "tanh": nn.Tanh(),
-    "sigmoid": nn.Sigmoid(),
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu-tanh": functools.partial(nn.GELU, approximate="tanh"),
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
 }
 
 
@@ -80,11 +81,13 @@ class Attention(Branch):
             look = look & mask
         if self.path == "sdpa":
             return F.scaled_dot_product_attention(q, k, v, attn_mask=look)
-        bias = torch.zeros(look.shape, dtype=q.dtype, device=q.device).masked_fill_(
-            ~look, -math.inf
-        )
+        never = torch.finfo(q.dtype).min  # not -inf, whose row of softmax has a NaN gradient
+        bias = torch.zeros(look.shape, dtype=q.dtype, device=q.device).masked_fill_(~look, never)
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias  # (B, H, T, S)
-        return torch.softmax(scores, dim=-1) @ v
+        weights = torch.softmax(scores, dim=-1)
+        if mask is not None:  # a query that may look nowhere gets 0, as from sdpa, and not NaN
+            weights = weights.masked_fill(~look.any(dim=-1, keepdim=True), 0.0)
+        return weights @ v
 
     def matrices(self) -> dict[str, Tensor]:
         """Return query, key, value (views of the fused weight) and out, each `(D, D)`."""
@@ -110,7 +113,7 @@ class FeedForward(Branch):
         super().__init__()
         self.lift = nn.Linear(dim, hidden or 4 * dim, bias=bias)
         self.out = nn.Linear(hidden or 4 * dim, dim, bias=bias)
-        self.activation = ACTIVATIONS[activation]
+        self.activation = ACTIVATIONS[activation]()
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:

@@ -53,7 +53,7 @@ class Dense(Branch):
     def __init__(self, dim: int, activation: str) -> None:
         super().__init__()
         self.linear = nn.Linear(dim, dim)
-        self.activation = ACTIVATIONS[activation]
+        self.activation = ACTIVATIONS[activation]()
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Return act(W x + b)."""
@@ -83,11 +83,13 @@ class MLP(nn.Module):
         self.stack = Stack(layers, config.wiring, dim=D, norm=norm, start=config.start)
         self.norm = norm(D) if self.stack.final_norm else nn.Identity()
         self.head = nn.Linear(D, config.out_dim)
+        after = ACTIVATIONS[config.activation] if config.head_activation else nn.Identity
+        self.activation = after()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output `(..., out_dim)`."""
-        y: Tensor = self.head(self.norm(self.stack(self.input(x))))
-        return ACTIVATIONS[self.config.activation](y) if self.config.head_activation else y
+        y: Tensor = self.activation(self.head(self.norm(self.stack(self.input(x)))))
+        return y
 
     def reset_parameters(self) -> None:
         """Start the input layer, the stack, the norm and the head, in this order.

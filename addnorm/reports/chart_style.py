@@ -16,13 +16,14 @@ FONT = "Noto Sans CJK SC, Noto Sans, Helvetica, Arial, sans-serif"
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right")
 DASHES = ([1, 0], [6, 3], [2, 2], [10, 3, 2, 3], [4, 6], [12, 4])
-WIDTH = 860  # of the plot, in pixels
+WIDTH = 830  # of the plot, in pixels
 MARKERS = 7  # on a line with many points
 GREY = "#5f6368"
 
 _TEXT = {
     "depth": ("depth (layers)", "深度（层数）"),
     "loss": ("validation loss (nats)", "验证损失（nat）"),
+    "close": ("the same, closer", "同上，局部放大"),
     "any loss": ("loss (nats)", "损失（nat）"),
     "step": ("step", "步数"),
     "wiring": ("wiring", "接法"),
@@ -35,10 +36,7 @@ _TEXT = {
     "unigram": ("unigram", "一元熵"),
     "uniform": ("uniform", "均匀"),
     "diverged": ("× diverged", "× 发散"),
-    "place": (
-        "place of the connection (0 % first, 100 % last)",
-        "连接的位置（0% 最前，100% 最后）",
-    ),
+    "place": ("place of the connection", "连接所在位置"),
     "gradient": ("gradient RMS / that at the last", "梯度 RMS ÷ 最后一个连接的梯度 RMS"),
     "stream": ("stream RMS", "残差流 RMS"),
     "share": ("branch RMS / stream RMS", "分支 RMS ÷ 残差流 RMS"),
@@ -82,7 +80,8 @@ def finish(chart: Any, title: tuple[str, str], under: tuple[str, str], lang: Lan
         .configure(font=FONT)
         .configure_axis(labelFontSize=13, titleFontSize=14, titleFontWeight="normal",
                         gridColor="#e8eaed", labelColor="#202124", titleColor="#202124")
-        .configure_legend(labelFontSize=13, titleFontSize=13, symbolSize=90, labelLimit=320)
+        .configure_legend(labelFontSize=13, titleFontSize=13, symbolSize=90, labelLimit=320,
+                          titlePadding=12, columnPadding=16)
         .configure_header(labelFontSize=14, titleFontSize=14, labelFontWeight="bold")
         .configure_view(stroke="#dadce0")
     )  # fmt: skip
@@ -97,12 +96,17 @@ class Look:
     """Colour and shape by wiring, dash by warm-up, with their legends."""
 
     def __init__(self, wirings: Sequence[str], warmups: Sequence[int], lang: Lang) -> None:
-        longest = max(map(len, wirings))
-        legend = alt.Legend(
-            title=word("wiring", lang), orient="bottom", symbolLimit=0, titleOrient="left",
-            columns=max(1, min(len(wirings), int(820 / (min(longest, 42) * 7.6 + 34)))),
-        )  # fmt: skip
         names, count = list(wirings), len(PALETTE)
+        longest = min(42, max(map(len, names)))
+        columns = max(1, min(len(names), int(WIDTH / (longest * 7.6 + 38))))
+        side: Literal["left", "top"] = "left" if columns == len(names) else "top"
+        legend = alt.Legend(
+            title=word("wiring", lang),
+            orient="bottom",
+            titleOrient=side,
+            columns=columns,
+            symbolLimit=0,
+        )
         colours = [PALETTE[i % count] for i in range(len(names))]
         shapes = [SHAPES[(i + i // count) % len(SHAPES)] for i in range(len(names))]
         self.colour = alt.Color(
@@ -116,7 +120,7 @@ class Look:
             "warmup:O",
             scale=alt.Scale(domain=list(warmups), range=dashes),
             legend=alt.Legend(
-                title=word("warmup", lang), orient="bottom", titleOrient="left", symbolSize=700,
+                title=word("warmup", lang), orient="top", titleOrient="left", symbolSize=700,
                 symbolStrokeWidth=2, direction="horizontal",
             ) if len(warmups) > 1 else None,
         )  # fmt: skip

@@ -32,7 +32,7 @@ from addnorm.reports.chart_style import (
     references,
     word,
 )  # fmt: skip
-from addnorm.reports.summary import Group, Summary
+from addnorm.reports.summary import STUCK_MARGIN, Group, Summary
 
 # -- loss against depth ------------------------------------------------------------------------
 
@@ -70,12 +70,41 @@ def _place_diverged(rows: list[Row], s: Summary, low: float, high: float) -> flo
     return top + line
 
 
-def loss_by_depth(s: Summary, lang: Lang = "en") -> alt.LayerChart:
-    """Validation loss against depth at the best rate: means as lines, seeds as points."""
+def loss_by_depth(s: Summary, lang: Lang = "en") -> alt.VConcatChart:
+    """Validation loss against depth at the best rate: means as lines, seeds as points.
+
+    Below it the same from closer by, where the wirings that trained lie close to each other.
+    """
     look, rows = Look(s.wirings, s.warmups, lang), _loss_rows(s)
     finite = [r["loss"] for r in rows if is_finite(r["loss"])]
     low, high = min([*finite, s.unigram]), max([*finite, s.uniform])
-    top = _place_diverged(rows, s, low, high)
+    top, pad = _place_diverged(rows, s, low, high), 0.05 * (high - low)
+    layers = _loss_layers(s, rows, look, (low - pad, top), word("loss", lang), lang)
+    layers = references(s.unigram, s.uniform, lang) + layers
+    if top > high + pad:
+        layers.append(margin_text(top - 0.8 * pad, word("diverged", lang)))
+    charts = [alt.layer(*layers).properties(width=WIDTH, height=400).add_params(look.pick)]
+    below = [v for v in finite if v < s.unigram - STUCK_MARGIN]
+    if len(below) > 1 and max(below) - min(below) < 0.5 * (top - low):
+        edge = max(0.01, 0.06 * (max(below) - min(below)))
+        closer = (min(below) - edge, max(below) + edge)
+        layers = _loss_layers(s, rows, look, closer, word("close", lang), lang)
+        charts.append(alt.layer(*layers).properties(width=WIDTH, height=300))
+    return finish(  # type: ignore[no-any-return]
+        alt.vconcat(*charts, spacing=18),
+        ("Loss against depth", "损失与深度"),
+        (
+            "At each wiring's best rate. Large marks: mean of the seeds; small points: each seed.",
+            "各接法取其最佳学习率。大标记为各随机种子的均值，小圆点为单个随机种子。",
+        ),
+        lang,
+    )
+
+
+def _loss_layers(
+    s: Summary, rows: list[Row], look: Look, span: tuple[float, float], title: str, lang: Lang
+) -> list[Any]:
+    """Return lines, seeds, means and diverged marks of the losses between the ends of `span`."""
     side = max(1.1, (s.depths[-1] / s.depths[0]) ** 0.08)
     x = alt.X(
         "x:Q",
@@ -85,8 +114,9 @@ def loss_by_depth(s: Summary, lang: Lang = "en") -> alt.LayerChart:
     )
     y = alt.Y(
         "loss:Q",
-        title=word("loss", lang),
-        scale=alt.Scale(domain=[low - 0.05 * (high - low), top], zero=False, nice=False),
+        title=title,
+        scale=alt.Scale(domain=list(span), zero=False, nice=False),
+        axis=alt.Axis(tickCount=8),
     )
     keys = (
         ("wiring:N", "wiring"),
@@ -101,29 +131,18 @@ def loss_by_depth(s: Summary, lang: Lang = "en") -> alt.LayerChart:
     mean, point, lost = (
         base.transform_filter(f"datum.kind == '{kind}'") for kind in ("mean", "seed", "diverged")
     )
-    layers = [
-        *references(s.unigram, s.uniform, lang),
-        mean.mark_line(strokeWidth=2).encode(look.dash, opacity=look.opacity(1)),
-        point.mark_circle(size=24).encode(opacity=look.opacity(0.7), tooltip=[*tips, seed, loss]),
-        mean.mark_point(filled=True, size=80).encode(
+    return [
+        mean.mark_line(strokeWidth=2, clip=True).encode(look.dash, opacity=look.opacity(1)),
+        point.mark_circle(size=24, clip=True).encode(
+            opacity=look.opacity(0.7), tooltip=[*tips, seed, loss]
+        ),
+        mean.mark_point(filled=True, size=80, clip=True).encode(
             look.shape, opacity=look.opacity(1), tooltip=[*tips, loss]
         ),
-        lost.mark_text(text="×", fontSize=20, fontWeight="bold").encode(
+        lost.mark_text(text="×", fontSize=20, fontWeight="bold", clip=True).encode(
             opacity=look.opacity(1), tooltip=[*tips, seed]
         ),
     ]
-    if top > high + 0.05 * (high - low):
-        layers.append(margin_text(top - 0.04 * (high - low), word("diverged", lang)))
-    chart = alt.layer(*layers).properties(width=WIDTH, height=430).add_params(look.pick)
-    return finish(  # type: ignore[no-any-return]
-        chart,
-        ("Loss against depth", "损失与深度"),
-        (
-            "At each wiring's best rate. Large marks: mean of the seeds; small points: each seed.",
-            "各接法取其最佳学习率。大标记为各随机种子的均值，小圆点为单个随机种子。",
-        ),
-        lang,
-    )
 
 
 # -- X-rays through depth ----------------------------------------------------------------------
@@ -159,7 +178,7 @@ def _through_depth(group: Group, when: str, value: str, index: int) -> list[Row]
     ]
 
 
-def _depth_lines(look: Look, rows: list[Row], y: alt.Y, y_title: str, lang: Lang) -> alt.LayerChart:
+def _depth_lines(look: Look, rows: list[Row], y: alt.Y, y_title: str, lang: Lang) -> Any:
     """Return lines over the relative depth, to be repeated in panels."""
     x = alt.X(
         "place:Q",
@@ -207,9 +226,9 @@ def gradient_by_depth(s: Summary, lang: Lang = "en") -> alt.FacetChart:
         chart,
         ("Gradient through depth at the start", "训练开始时梯度沿深度的分布"),
         (
-            "Level: every layer hears the same. Falling to the left: the gradient vanishes on its "
-            "way back to the input.",
-            "水平：各层收到同样大小的梯度。向左下降：梯度在回传到输入的途中消失。",
+            "0 % is nearest to the input. Level: all layers hear the same. Falling to the left: "
+            "the gradient vanishes on its way back.",
+            "0% 最靠近输入。水平：各层收到同样大小的梯度。向左下降：梯度在回传途中消失。",
         ),
         lang,
     )
@@ -271,7 +290,7 @@ def curves(s: Summary, lang: Lang = "en") -> alt.FacetChart:
     )
     x = alt.X("step:Q", title=word("step", lang), axis=alt.Axis(tickCount=5, grid=False))
     base = alt.Chart().encode(x, y)
-    line = base.transform_filter("datum.kind == 'line'")
+    line = alt.Chart().transform_filter("datum.kind == 'line'")
     lines = [
         line.mark_rule(color=GREY, strokeDash=[3, 3]).encode(y=alt.datum(v, type="quantitative"))
         for v in (s.unigram, s.uniform)
@@ -284,8 +303,8 @@ def curves(s: Summary, lang: Lang = "en") -> alt.FacetChart:
     columns, width = panels(s.depths)
     chart = alt.layer(
         *lines,
-        seed.mark_line(strokeWidth=1, clip=True).encode(detail="seed:N", opacity=look.opacity(0.3)),
         mean.mark_line(strokeWidth=2.2, clip=True).encode(look.dash, opacity=look.opacity(1)),
+        seed.mark_line(strokeWidth=1, clip=True).encode(detail="seed:N", opacity=look.opacity(0.3)),
         mean.transform_filter("datum.mark")
         .mark_point(filled=True, size=55, clip=True)
         .encode(look.shape, opacity=look.opacity(1)),

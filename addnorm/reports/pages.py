@@ -150,7 +150,7 @@ def _vega() -> str:
     from altair import SCHEMA_VERSION
 
     version = "_".join(SCHEMA_VERSION.split(".")[:2])
-    bundle: str = vl_convert.javascript_bundle(None, vl_version=version)
+    bundle: str = vl_convert.javascript_bundle(vl_version=version)  # type: ignore[call-arg]
     return bundle.replace("\r\n", "\n").replace("</script", "<\\/script")
 
 
