@@ -198,7 +198,7 @@ def _compare(
     choice = replace(choice, precision=config.precision)
     observer.say(f"computing in {choice}")
     cells = list(_cells(config, data, choice))
-    result = {
+    result: dict[str, Any] = {
         "schema": SCHEMA,
         "addnorm": __version__,
         "torch": torch.__version__,

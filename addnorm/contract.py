@@ -265,8 +265,8 @@ def catalogue() -> dict[str, type[Wiring]]:
 def facts_of(name: str) -> dict[str, Any]:
     """Return the facts of a wiring, from its class: what the catalogue, docs and reports show."""
     wiring = catalogue()[name]
-    names = ("equation", "at_start", "paper", "year", "final_norm", "start", "stream_law")
-    names += ("gradient_law", "verified")
+    names = ["equation", "at_start", "paper", "year", "final_norm", "start", "stream_law"]
+    names += ["gradient_law", "verified"]
     facts = {key: getattr(wiring, key) for key in names}
     return {
         "name": name,

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from common import (
     ROUNDS,
+    Neighbours,
     describe,
     interleave,
     interval,
@@ -79,7 +80,9 @@ def step_of(case: Case, path: AttentionPath, device: torch.device) -> Callable[[
     return step
 
 
-def measure(case: Case, device: torch.device, rounds: int, seconds: float) -> dict[str, Any]:
+def measure(
+    case: Case, device: torch.device, rounds: int, seconds: float, neighbours: Neighbours
+) -> dict[str, Any]:
     if device.type == "cpu":
         torch.set_num_threads(case.threads)
     torch._dynamo.reset()
@@ -87,7 +90,7 @@ def measure(case: Case, device: torch.device, rounds: int, seconds: float) -> di
     for path in ATTENTION_PATHS:
         step = step_of(case, path, device)
         contenders[path] = timed(step, device, repeats_for(step, device, seconds))
-    times = interleave(contenders, rounds)
+    times = interleave(contenders, rounds, neighbours=neighbours)
     return {
         **asdict(case),
         **{path: asdict(interval(times[path])) for path in times},
@@ -106,7 +109,8 @@ def main() -> int:
     device = pick_device(options.device)
     facts = machine(device)
     print(describe(facts))
-    roofline = measure_roofline(device)
+    neighbours = Neighbours()
+    roofline = measure_roofline(device, neighbours=neighbours)
     print(roofline, flush=True)
     threads = options.threads if device.type == "cpu" else [0]
     cases = [
@@ -121,7 +125,7 @@ def main() -> int:
     header = ["B, H, T, E", "threads", "precision", "mode", "sdpa ms", "matmul ms"]
     header += ["sdpa / matmul", "faster"]
     for case in cases:
-        result = measure(case, device, options.rounds, options.seconds)
+        result = measure(case, device, options.rounds, options.seconds, neighbours)
         results.append(result)
         gain = result["gain"]
         rows.append(
@@ -137,6 +141,7 @@ def main() -> int:
         )
         print("  " + "  ".join(map(str, rows[-1])), flush=True)
     print("\n" + table(header, rows))
+    print(f"\n{neighbours}")
     write(options.json, {"machine": facts, "roofline": asdict(roofline), "cases": results})
     return 0
 

@@ -6,6 +6,7 @@ turn, A B C A B C ..., and what is reported is the median of the ratios within a
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import math
@@ -50,16 +51,96 @@ def speedup(slow: Sequence[float], fast: Sequence[float]) -> Interval:
     return interval([s / f for s, f in zip(slow, fast, strict=True)])
 
 
+class Neighbours:
+    """What other programs took of the cores, from /proc: a busy core spoils a parallel turn.
+
+    With two threads and one foreign process on two cores a step takes ten times as long, because
+    threads wait for each other at every operation. Such turns say nothing and are taken again.
+    """
+
+    ALLOWED = 0.05  # foreign CPU seconds by second of wall time in a turn that counts
+    PATIENCE = 600.0  # seconds that a benchmark waits for quiet, all in all
+
+    def __init__(self) -> None:
+        self.waited = 0.0
+        self.repeated = 0
+        self.spoiled = 0  # turns that were taken as they were, because patience had ended
+
+    def foreign(self, function: Callable[[], float]) -> tuple[float, float]:
+        """Return what `function` returns, and the foreign CPU seconds by second meanwhile."""
+        began, before = time.perf_counter(), _cpu_seconds()
+        value = function()
+        taken, after = time.perf_counter() - began, _cpu_seconds()
+        others = (after[0] - before[0]) - (after[1] - before[1])
+        # The clock ticks are 10 ms on either side, so a short turn is known only that well.
+        return value, max(0.0, others - 0.02) / max(taken, 1e-9)
+
+    def wait(self) -> None:
+        """Wait until others leave the cores alone for a quarter of a second."""
+        while self.waited < self.PATIENCE:
+            _, share = self.foreign(_quarter)
+            if share <= self.ALLOWED:
+                return
+            self.waited += 0.25
+
+    def undisturbed(self, contender: Callable[[], float]) -> float:
+        """Return the seconds of a turn during which others left the cores alone."""
+        while True:
+            self.wait()
+            began = time.perf_counter()
+            seconds, share = self.foreign(contender)
+            if share <= self.ALLOWED:
+                return seconds
+            self.waited += time.perf_counter() - began
+            if self.waited >= self.PATIENCE:
+                self.spoiled += 1
+                return seconds
+            self.repeated += 1
+
+    def __str__(self) -> str:
+        return (
+            f"{self.repeated} turns taken again because others used the cores, {self.spoiled} "
+            f"spoiled turns counted, {self.waited:.0f} s waited"
+        )
+
+
+def _quarter() -> float:
+    time.sleep(0.25)
+    return 0.25
+
+
+def _cpu_seconds() -> tuple[float, float]:
+    """Return CPU seconds used since boot: of all (steal too), and of this process group."""
+    try:
+        ticks = list(map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]))
+        own, group = 0, os.getpgrp()
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):  # it has ended
+                fields = path.read_text().rsplit(")", 1)[1].split()
+                if int(fields[2]) == group:
+                    own += int(fields[11]) + int(fields[12])
+    except OSError:  # not Linux
+        return 0.0, 0.0
+    per_second = os.sysconf("SC_CLK_TCK")
+    return (sum(ticks) - ticks[3] - ticks[4]) / per_second, own / per_second
+
+
 def interleave(
-    contenders: Mapping[str, Callable[[], float]], rounds: int = ROUNDS, *, warm: int = 1
+    contenders: Mapping[str, Callable[[], float]],
+    rounds: int = ROUNDS,
+    *,
+    warm: int = 1,
+    neighbours: Neighbours | None = None,
 ) -> dict[str, list[float]]:
     """Return the seconds of each contender by round; each times itself, the first are left out."""
+    neighbours = neighbours or Neighbours()
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(warm + rounds):
         for name, contender in contenders.items():
-            taken = contender()
-            if number >= warm:
-                seconds[name].append(taken)
+            if number < warm:
+                contender()
+            else:
+                seconds[name].append(neighbours.undisturbed(contender))
     return seconds
 
 
@@ -109,12 +190,17 @@ class Roofline:
         return self.bfloat16 if precision == "bfloat16" else self.float32
 
 
-def measure_roofline(device: torch.device, tries: int = 8) -> Roofline:
+def measure_roofline(
+    device: torch.device, tries: int = 8, neighbours: Neighbours | None = None
+) -> Roofline:
     """Measure the machine's limits; the best of some tries, for a limit is what noise lowers."""
     n = 2048
 
+    neighbours = neighbours or Neighbours()
+
     def best(function: Callable[[], object]) -> float:
         call = timed(function, device)
+        neighbours.wait()
         return min(call() for _ in range(tries + 1))
 
     def product(dtype: torch.dtype) -> float:

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from common import (
     ROUNDS,
+    Neighbours,
     describe,
     interleave,
     interval,
@@ -305,7 +306,8 @@ def main() -> int:
         torch.set_num_threads(options.threads)
     facts = machine(device)
     print(describe(facts))
-    roofline = measure_roofline(device)
+    neighbours = Neighbours()
+    roofline = measure_roofline(device, neighbours=neighbours)
     print(roofline)
     model = shape.gpt()
     flops, size = model.flops_per_token(), sum(p.numel() for p in model.parameters())
@@ -318,7 +320,8 @@ def main() -> int:
         for sentence in about[name]["heard"]:
             print(f"  {name}: {sentence}")
         print(f"  {name}: {about[name]['choice']}", flush=True)
-    seconds = interleave(turns, options.rounds)
+    seconds = interleave(turns, options.rounds, neighbours=neighbours)
+    print(f"  {neighbours}")
     for stop in stops:
         stop()
     result: dict[str, Any] = {
@@ -329,6 +332,7 @@ def main() -> int:
         "flops_per_token": flops,
         "parameters": size,
         "steps": options.steps,
+        "neighbours": str(neighbours),
         "contenders": {},
     }
     rows = []

@@ -1,164 +1,192 @@
-"""Reports: what the statements say, the numbers of the table, the charts, and what a page holds."""
+"""Comparisons: what the statements say, and the numbers of the table."""
 
-import copy
-import json
 import math
-import subprocess
-import sys
+import re
 
 import pytest
+from report_cases import (
+    UNIFORM,
+    UNIGRAM,
+    make_cell,
+    make_result,
+    many_wirings,
+    seeds,
+    three_wirings,
+)
 from scipy import stats
 
-from addnorm.reports import charts, charts_single
-from addnorm.reports.pages import write_comparison_page, write_run_page, write_trace_page
-from addnorm.reports.summary import status_of, statements, summarise
+from addnorm.reports.summary import merge, statements, status_of, summarise
 
-UNIGRAM, UNIFORM = 3.269, 4.635
-HOSTILE = "</script><img src=x onerror=alert(1)>"
+CJK = re.compile("[\u4e00-\u9fff]")
 
 
-def make_trace(connections, slope=0.0, growth=1.0, similarity=0.2, wiring="prenorm"):
-    """A trace whose gradient changes by `slope` decades per 10 connections."""
-    last = connections - 1
-    rows = [
-        {
-            "name": f"stack.connections.{i}",
-            "stream_before": growth ** (i / connections),
-            "stream_after": growth ** ((i + 1) / connections),
-            "branch_share": None if wiring == "plain" else 0.5 / (1 + i),
-            "gradient_before": 1e-3 * 10 ** (slope * (i - 1 - last) / 10),
-            "gradient_after": 1e-3 * 10 ** (slope * (i - last) / 10),
-            "token_similarity": similarity,
-            "non_finite": 0,
-        }
-        for i in range(connections)
-    ]
-    return {
-        "model": "GPT",
-        "wiring": wiring,
-        "blocks": f"{connections} connections of our stacks",
-        "loss": 4.7,
-        "loss_kind": "cross-entropy",
-        "connections": rows,
-        "findings": [],
-        "schema": 1,
-        "ok": True,
-        "gradient_slope": slope,
-        "stream_growth": growth,
-        "token_similarity": similarity,
-    }
+def said(cells):
+    """The statements of cells by code; of a code that comes twice, the last."""
+    return {s.code: s for s in statements(summarise(make_result(cells)))}
 
 
-def make_cell(wiring, depth, seed, loss, *, warmup=0, lr=0.002, slope=0.0, similarity=0.2, slow=1):
-    """A cell that ends at `loss`; None says that it diverged after a fifth of its steps."""
-    status = status_of(math.nan if loss is None else loss, loss is not None, UNIGRAM, UNIFORM)
-    steps = 50 if loss is None else 250
-    end = 4.6 if loss is None else loss
-    growth = 1.0 if wiring.startswith(("plain", "postnorm")) else 1 + depth / 6
-    return {
-        "key": f"{wiring}-{depth}-{lr}-{warmup}-{seed}",
-        "wiring": wiring,
-        "depth": depth,
-        "lr": lr,
-        "warmup": warmup,
-        "seed": seed,
-        "status": status,
-        "validation": loss,
-        "parameters": 10_000 + 28_000 * depth,
-        "flops_per_token": 1e5 * depth,
-        "tokens": 512 * steps,
-        "steps": steps,
-        "seconds": slow * depth * steps / 1000,
-        "tokens_per_second": 512_000 / depth / slow,
-        "start_rule": "xavier" if wiring == "postnorm" else "gpt2",
-        "curve": [
-            [i, end + (4.7 - end) * math.exp(-i / 60) * (1 - i / 250), slow * depth * i / 1000]
-            for i in range(0, steps + 1, 25)
-        ],
-        "losses": [[i, end + (4.7 - end) * math.exp(-i / 60)] for i in range(1, steps, 5)],
-        "start": make_trace(2 * depth, slope, growth, similarity, wiring),
-        "end": None if loss is None else make_trace(2 * depth, slope / 4, 2 * growth, 0.3, wiring),
-    }
+# -- statements --------------------------------------------------------------------------------
 
 
-def make_result(cells, **changes):
-    """A comparison result out of cells."""
-    wirings = list(dict.fromkeys(c["wiring"] for c in cells))
-    settings = {
-        "wirings": wirings,
-        "depths": sorted({c["depth"] for c in cells}),
-        "rates": sorted({c["lr"] for c in cells}),
-        "warmups": sorted({c["warmup"] for c in cells}),
-        "seeds": len({c["seed"] for c in cells}),
-        "steps": 250,
-        "batch": 16,
-        "dim": 48,
-        "heads": 4,
-        "context": 32,
-        "data": "pydoc",
-        "norm": "layernorm",
-        "start": "",
-        "precision": "float32",
-    }
-    result = {
-        "schema": 1,
-        "addnorm": "0.1.0",
-        "torch": "2.13.0",
-        "machine": "2 cores, x86_64, cpu",
-        "date": "2026-11-22",
-        "settings": settings,
-        "choice": {
-            "precision": "float32",
-            "compiled": False,
-            "threads": 1,
-            "variants": {"attention": "fused"},
-            "measured": [{"choice": "float32, eager", "seconds": 0.0123, "loss": 4.6}],
-        },
-        "data": {
-            "source": "pydoc",
-            "sha256": "5f" * 32,
-            "context": 32,
-            "tokens": 465048,
-            "vocab_size": 103,
-            "unigram": UNIGRAM,
-            "uniform": UNIFORM,
-        },
-        "cells": cells,
-    }
-    return result | changes
+@pytest.mark.parametrize(("good", "bad"), [("plain", "prenorm"), ("prenorm", "plain")])
+def test_the_opposite_outcome_gives_the_opposite_advice(good, bad):
+    """Nothing is fixed to a name: exchange the outcomes and every sentence changes sides."""
+    cells = seeds(bad, 3, [2.3, 2.31]) + seeds(bad, 24, [3.28, 3.27], slope=1.7)
+    cells += seeds(good, 3, [2.1, 2.11]) + seeds(good, 24, [1.93, 1.94])
+    result = make_result(cells)
+    found = statements(summarise(result))
+    assert found[0].code == "take"
+    assert found[0].en.startswith(f"At depth 24 take {good}: validation loss 1.935")
+    assert f"the next, {bad}, is at 3.275 (stuck)" in found[0].en
+    assert f"建议采用 {good}" in found[0].zh
+    trains = {s.en.split(":")[0]: s for s in found if s.code == "trains"}
+    assert "trained at depth 3, 24 (validation loss 2.105 / 1.935)" in trains[good].en
+    assert "stuck at depth 24 (3.275; the unigram line is 3.269)" in trains[bad].en
+    assert "停滞" in trains[bad].zh
+    assert "停滞" not in trains[good].zh
+    whys = [s for s in found if s.code.startswith("why")]
+    assert [s.en.split(",")[1].split()[0] for s in whys] == [bad]
+    deeper = {s.en.split(":")[0]: s.code for s in found if s.code.startswith("depth")}
+    assert deeper == {good: "depth-helps"}
 
 
-def seeds(wiring, depth, losses, **facts):
-    """The cells of one group."""
-    return [make_cell(wiring, depth, i, loss, **facts) for i, loss in enumerate(losses)]
+def test_intervals_that_overlap_are_a_tie_and_intervals_that_do_not_are_none():
+    tie = said(seeds("plain", 12, [1.90, 2.00]) + seeds("prenorm", 12, [1.95, 2.05]))
+    assert "cannot be told from chance" in tie["take-tie"].en
+    assert "plain" in tie["take-tie"].en
+    assert "or prenorm" in tie["take-tie"].en
+    assert "take" not in tie
+    apart = said(seeds("plain", 12, [1.90, 2.00]) + seeds("prenorm", 12, [2.01, 2.05]))
+    assert "take-tie" not in apart
+    assert "take plain" in apart["take"].en
 
 
-def three_wirings():
-    """The grid that the pages are looked at with: plain, post-norm and pre-norm."""
-    cells = []
-    for warmup in (0, 100):
-        gain = 0.01 * (warmup > 0)
-        cells += seeds("plain", 3, [2.31 - gain, 2.33, 2.35], warmup=warmup, slope=0.9)
-        cells += seeds("plain", 12, [3.27, 3.268, 3.271], warmup=warmup, slope=1.6)
-        cells += seeds("plain", 24, [3.27, 3.28, 3.272], warmup=warmup, slope=1.7)
-        cells += seeds("postnorm", 3, [2.02 - gain, 2.03, 2.04], warmup=warmup, slope=0.1)
-        late = [3.1, None, 3.28] if warmup == 0 else [2.0, 2.02, 2.05]
-        cells += seeds("postnorm", 12, late, warmup=warmup, slope=0.2)
-        lost = [None, None, 3.27] if warmup == 0 else [2.1, 3.2, 2.12]
-        cells += seeds("postnorm", 24, lost, warmup=warmup, slope=0.3)
-        for depth, loss in ((3, 2.05), (12, 1.96), (24, 1.93)):
-            losses = [loss - gain, loss + 0.01, loss + 0.02]
-            cells += seeds("prenorm", depth, losses, warmup=warmup, slope=-0.15)
-    return make_result(cells)
+def test_one_seed_never_decides_between_wirings_that_train():
+    cells = [make_cell("plain", 12, 0, 1.5), make_cell("prenorm", 12, 0, 2.5)]
+    assert "take-tie" in said(cells)
 
 
-def many_wirings(count=45):
-    """A grid with as many wirings as the catalogue has."""
-    cells = []
-    for k in range(count):
-        name = f"wiring{k}" if k % 3 else f"hyper({k},static={k}.5)"
-        for depth in (3, 12, 24):
-            loss = 1.9 + 0.01 * (k % 17) - 0.02 * math.log(depth) + (1.3 if k % 9 == 4 else 0)
-            losses = [None, None] if k % 11 == 5 and depth == 24 else [loss, loss + 0.02]
-            cells += seeds(name, depth, losses, slope=0.05 * (k - 20))
-    return make_result(cells)
+def test_nothing_trained():
+    none = said(seeds("plain", 24, [3.3, 3.3]) + seeds("prenorm", 24, [None, None]))
+    assert none["take-none"].en.startswith("Take none of these at depth 24: no wiring trained")
+    shallow = said(seeds("plain", 3, [2.0, 2.1]) + seeds("plain", 24, [3.3, 3.3]))
+    assert shallow["take-none"].en.endswith("At depth 3, take plain.")
+    partly = said(seeds("plain", 24, [2.0, 3.3]) + seeds("prenorm", 24, [3.3, 3.3]))
+    assert "plain, trained with only 1 of 2 seeds" in partly["take-none"].en
+
+
+@pytest.mark.parametrize(
+    ("without", "with_", "code"),
+    [(3.28, 2.0, "needs-warmup"), (2.0, 3.28, "warmup-harms"), (2.0, 1.99, None)],
+)
+def test_warmup_sentences_follow_the_outcome(without, with_, code):
+    cells = seeds("postnorm", 12, [without, without + 0.01])
+    found = said(cells + seeds("postnorm", 12, [with_, with_ + 0.01], warmup=100))
+    assert {"needs-warmup", "warmup-harms"} & set(found) == ({code} if code else set())
+    if code == "needs-warmup":
+        assert "with 100 warm-up steps the validation loss is 2.005 (trained)" in found[code].en
+        assert "with none it is 3.285 (stuck)" in found[code].en
+        assert "需要预热" in found[code].zh
+
+
+@pytest.mark.parametrize(
+    ("slope", "similarity", "code"),
+    [
+        (1.7, 0.2, "why-vanishing"),
+        (-1.7, 0.2, "why-exploding"),
+        (0.2, 0.99, "why-collapse"),
+        (0.2, 0.2, "why-unseen"),
+    ],
+)
+def test_the_reason_follows_the_xray(slope, similarity, code):
+    found = said(seeds("plain", 24, [3.28, 3.29], slope=slope, similarity=similarity))
+    assert [c for c in found if c.startswith("why")] == [code]
+    if code == "why-vanishing":
+        assert "1.7 decades per 10 connections" in found[code].en
+        assert "about 8 decades over all 48" in found[code].en
+    assert not any(
+        s.code.startswith("why")
+        for s in statements(summarise(make_result(seeds("plain", 24, [2.0], slope=slope))))
+    )
+
+
+def test_every_statement_is_there_in_both_languages():
+    results = [three_wirings(), many_wirings(12), make_result(seeds("plain", 3, [None]))]
+    results.append(make_result(seeds("plain", 3, [3.3], similarity=0.99)))
+    codes = set()
+    for result in results:
+        for s in statements(summarise(result)):
+            codes.add(s.code)
+            assert s.en.endswith(".")
+            assert not CJK.search(s.en)
+            assert s.zh.endswith("。")
+            assert CJK.search(s.zh)
+    assert {"take", "take-none", "trains", "needs-warmup", "why-vanishing", "own-start"} <= codes
+
+
+# -- numbers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("validation", "finite", "status"),
+    [
+        (UNIGRAM - 0.1001, True, "trained"),
+        (UNIGRAM - 0.0999, True, "stuck"),
+        (UNIGRAM, True, "stuck"),
+        (UNIFORM, True, "stuck"),
+        (UNIFORM + 1e-6, True, "diverged"),
+        (2.0, False, "diverged"),
+        (math.nan, True, "diverged"),
+        (math.inf, True, "diverged"),
+    ],
+)
+def test_status(validation, finite, status):
+    assert status_of(validation, finite, UNIGRAM, UNIFORM) == status
+
+
+def test_mean_and_interval():
+    losses = [2.0, 2.1, 2.3]
+    rows = summarise(make_result(seeds("prenorm", 12, losses))).rows()
+    low, high = stats.t.interval(0.95, 2, loc=sum(losses) / 3, scale=stats.sem(losses))
+    assert rows[0]["loss"] == pytest.approx(32 / 15)
+    assert (rows[0]["low"], rows[0]["high"]) == pytest.approx((low, high))
+    two = summarise(make_result(seeds("prenorm", 12, losses[:2]))).rows()[0]
+    assert (two["low"], two["high"], two["seeds"]) == (2.0, 2.1, 2)
+    lost = summarise(make_result(seeds("prenorm", 12, [2.0, 2.1, None]))).rows()[0]
+    assert (lost["loss"], lost["high"], lost["status"]) == (math.inf, math.inf, "mixed")
+    assert lost["trained"] == 2
+
+
+def test_equal_time_and_equal_flops_are_read_off_the_curves():
+    """Linear between evaluations; the budgets are those of the fastest and of the cheapest."""
+    fast = make_cell("plain", 4, 0, 2.0) | {"curve": [[0, 4.6, 0], [250, 2.0, 1.0]]}
+    slow = make_cell("prenorm", 4, 0, 2.2, slow=2) | {"curve": [[0, 4.6, 0], [250, 2.2, 2.0]]}
+    deep = make_cell("plain", 8, 0, 1.8) | {"curve": [[0, 4.6, 0], [250, 1.8, 2.0]]}
+    rows = {(r["wiring"], r["depth"]): r for r in summarise(make_result([fast, slow, deep])).rows()}
+    assert rows["plain", 4]["equal_time"] == pytest.approx(2.0)
+    assert rows["prenorm", 4]["equal_time"] == pytest.approx(3.4)
+    assert rows["plain", 8]["equal_time"] == pytest.approx(1.8)
+    assert rows["prenorm", 4]["equal_flops"] == pytest.approx(2.2)
+    assert rows["plain", 8]["equal_flops"] == pytest.approx(3.2)
+
+
+def test_the_table_takes_the_best_rate_and_warmup():
+    cells = seeds("plain", 12, [2.3, 2.3], lr=0.001) + seeds("plain", 12, [2.2, 2.2], warmup=100)
+    cells += seeds("plain", 12, [None, 1.0], lr=0.01)
+    row = summarise(make_result(cells)).rows()[0]
+    assert (row["lr"], row["warmup"], row["loss"]) == (0.002, 100, 2.2)
+
+
+def test_an_empty_comparison_is_refused():
+    with pytest.raises(ValueError, match="no finished cell"):
+        summarise(make_result([]))
+
+
+def test_merge_joins_cells_and_refuses_other_settings():
+    one = make_result(seeds("plain", 3, [2.0]))
+    two = make_result(seeds("prenorm", 3, [2.1]))
+    joined = merge([one, two, one], lambda r: r["settings"]["dim"])
+    assert joined["settings"]["wirings"] == ["plain", "prenorm"]
+    assert len(joined["cells"]) == 2
+    with pytest.raises(ValueError, match="cannot be joined"):
+        merge([one, two], lambda r: r["settings"]["wirings"])

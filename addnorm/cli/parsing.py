@@ -8,6 +8,7 @@ import json
 import os
 import re
 import sys
+import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -22,6 +23,7 @@ from addnorm.plugins import load_plugins
 
 Lang = Literal["en", "zh"]
 Options = TypeVar("Options")
+LISTS = (int, float, str)  # what a comma list may hold
 
 
 def parse(kind: type[Options], command: str, what: str, argv: list[str]) -> Options:
@@ -33,14 +35,9 @@ def parse(kind: type[Options], command: str, what: str, argv: list[str]) -> Opti
     def comma_list(
         info: tyro.constructors.PrimitiveTypeInfo,
     ) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
-        lists: dict[Any, Any] = {
-            tuple[int, ...]: int,
-            tuple[float, ...]: float,
-            tuple[str, ...]: str,
-        }
-        if info.type not in lists:
+        item, *rest = typing.get_args(info.type) or (None,)
+        if typing.get_origin(info.type) is not tuple or rest != [...] or item not in LISTS:
             return None
-        item = lists[info.type]
         return tyro.constructors.PrimitiveConstructorSpec(
             nargs="*",
             metavar=f"{item.__name__.upper()},...",
@@ -89,7 +86,7 @@ def _unboxed(text: str, command: str) -> str:
     rows = [line.strip("│ ") for line in plain.splitlines() if not line.startswith(("╭", "╰"))]
     sections = [part.strip() for part in re.split(r"\n─+\n", "\n".join(rows))]
     message = " ".join(sections[0].split())
-    message = re.sub(r"^Error parsing [A-Z]\w*: ", "", message)  # our own errors, as they are
+    message = re.sub(r"^Error parsing \w+: ", "", message)  # our own errors, as they are
     if message.startswith("Unrecognized options: "):
         words = message.removeprefix("Unrecognized options: ").split(", ")
         message = f"unknown option {next((w for w in words if w.startswith('-')), words[0])!r}"
@@ -100,6 +97,8 @@ def _unboxed(text: str, command: str) -> str:
         message = f"{needed[1]} is missing: {needed[2]}" if needed else message
     elif message.startswith("Error parsing "):
         message = message.removeprefix("Error parsing ")
+        message = re.sub(r"invalid literal for int.*: ('.*')", r"\1 is not a whole number", message)
+        message = re.sub(r"could not convert .* float: ('.*')", r"\1 is not a number", message)
     elif message.startswith("invalid choice"):
         message = message.rstrip(".")
     else:

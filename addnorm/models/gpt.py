@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from addnorm.branches import Context
 from addnorm.contract import Stack, parameter_groups, unknown
-from addnorm.models.layers import ATTENTION_PATHS, NORMS, Attention, AttentionPath, FeedForward
+from addnorm.models.layers import (
+    ATTENTION_PATHS,
+    NORMS,
+    Attention,
+    AttentionPath,
+    FeedForward,
+    check_heads,
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,7 @@ class GPTConfig:
         for name in ("depth", "dim", "heads", "context"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        check_heads(self.heads, self.dim)
         if self.vocab_size < 0:
             raise ValueError(f"vocab_size {self.vocab_size} must be at least 1")
         if not 0 <= self.dropout < 1:

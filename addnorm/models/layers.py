@@ -27,6 +27,13 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+def check_heads(heads: int, dim: int) -> None:
+    """Raise `ValueError` unless `heads` divides the width."""
+    if heads < 1 or dim % heads:
+        fits = [str(h) for h in range(1, dim + 1) if dim % h == 0]
+        raise ValueError(f"heads {heads} does not divide dim {dim} (allowed: {', '.join(fits)})")
+
+
 class Attention(Branch):
     """Causal multi-head self-attention with fused query, key and value: `(B, T, D) -> (B, T, D)`.
 
@@ -48,11 +55,7 @@ class Attention(Branch):
         path: AttentionPath = "sdpa",
     ) -> None:
         super().__init__()
-        if heads < 1 or dim % heads:
-            fits = [h for h in range(1, dim + 1) if dim % h == 0]
-            raise ValueError(
-                f"heads {heads} does not divide dim {dim} (allowed: {', '.join(map(str, fits))})"
-            )
+        check_heads(heads, dim)
         self.heads = heads
         self.path: AttentionPath = path
         self.qkv = nn.Linear(dim, 3 * dim, bias=bias)

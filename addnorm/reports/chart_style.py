@@ -23,7 +23,7 @@ GREY = "#5f6368"
 _TEXT = {
     "depth": ("depth (layers)", "深度（层数）"),
     "loss": ("validation loss (nats)", "验证损失（nat）"),
-    "close": ("the same, closer", "同上，局部放大"),
+    "close": ("the same, close up (nats)", "局部放大（nat）"),
     "any loss": ("loss (nats)", "损失（nat）"),
     "step": ("step", "步数"),
     "wiring": ("wiring", "接法"),

@@ -32,7 +32,7 @@ from addnorm.reports.chart_style import (
     references,
     word,
 )  # fmt: skip
-from addnorm.reports.summary import STUCK_MARGIN, Group, Summary
+from addnorm.reports.summary import Group, Summary
 
 # -- loss against depth ------------------------------------------------------------------------
 
@@ -47,7 +47,7 @@ def _loss_rows(s: Summary) -> list[Row]:
                 if group is None:
                     continue
                 same = {"wiring": wiring, "depth": depth, "warmup": warmup, "rate": group.lr}
-                rows.append(same | {"kind": "mean", "loss": group.loss})
+                rows.append(same | {"kind": "mean", "loss": group.loss, "status": group.status})
                 for cell, loss in zip(group.cells, group.losses, strict=True):
                     kind = "seed" if math.isfinite(loss) else "diverged"
                     rows.append(same | {"kind": kind, "loss": loss, "seed": cell["seed"]})
@@ -62,7 +62,7 @@ def _place_diverged(rows: list[Row], s: Summary, low: float, high: float) -> flo
         if row["kind"] == "diverged":
             k = place[row["depth"]]
             place[row["depth"]] += 1
-            row["loss"] = high + line * (1.2 + k // 7)
+            row["loss"] = high + line * (1.5 + k // 7)
             row["x"] = row["depth"] * nudge ** ((k % 7 + 1) // 2 * (-1 if k % 2 else 1))
             top = max(top, row["loss"])
         else:
@@ -84,10 +84,10 @@ def loss_by_depth(s: Summary, lang: Lang = "en") -> alt.VConcatChart:
     if top > high + pad:
         layers.append(margin_text(top - 0.8 * pad, word("diverged", lang)))
     charts = [alt.layer(*layers).properties(width=WIDTH, height=400).add_params(look.pick)]
-    below = [v for v in finite if v < s.unigram - STUCK_MARGIN]
-    if len(below) > 1 and max(below) - min(below) < 0.5 * (top - low):
-        edge = max(0.01, 0.06 * (max(below) - min(below)))
-        closer = (min(below) - edge, max(below) + edge)
+    good = [r["loss"] for r in rows if r.get("status") == "trained"]
+    if len(good) > 1 and max(good) - min(good) < 0.4 * (top - low):
+        edge = max(0.01, 0.1 * (max(good) - min(good)))
+        closer = (min(good) - edge, max(good) + edge)
         layers = _loss_layers(s, rows, look, closer, word("close", lang), lang)
         charts.append(alt.layer(*layers).properties(width=WIDTH, height=300))
     return finish(  # type: ignore[no-any-return]
@@ -116,7 +116,7 @@ def _loss_layers(
         "loss:Q",
         title=title,
         scale=alt.Scale(domain=list(span), zero=False, nice=False),
-        axis=alt.Axis(tickCount=8),
+        axis=alt.Axis(tickCount=8, grid=True),
     )
     keys = (
         ("wiring:N", "wiring"),
@@ -183,7 +183,7 @@ def _depth_lines(look: Look, rows: list[Row], y: alt.Y, y_title: str, lang: Lang
     x = alt.X(
         "place:Q",
         title=word("place", lang),
-        scale=alt.Scale(domain=[0, 1], nice=False),
+        scale=alt.Scale(domain=[0, 1], nice=False, padding=6),
         axis=alt.Axis(format="%", values=[0, 0.25, 0.5, 0.75, 1], grid=False, labelFlush=True),
     )
     keys = (
@@ -287,8 +287,14 @@ def curves(s: Summary, lang: Lang = "en") -> alt.FacetChart:
         "loss:Q",
         title=word("loss", lang),
         scale=alt.Scale(domain=[low - pad, high + pad], zero=False, nice=False),
+        axis=alt.Axis(tickCount=6, grid=True),
     )
-    x = alt.X("step:Q", title=word("step", lang), axis=alt.Axis(tickCount=5, grid=False))
+    x = alt.X(
+        "step:Q",
+        title=word("step", lang),
+        scale=alt.Scale(nice=False, padding=6),
+        axis=alt.Axis(tickCount=5, grid=False),
+    )
     base = alt.Chart().encode(x, y)
     line = alt.Chart().transform_filter("datum.kind == 'line'")
     lines = [

@@ -33,6 +33,7 @@ def trace_chart(trace: Row, lang: Lang = "en") -> alt.VConcatChart:
         ("gradient_after", "plain gradient"),
     )
     shown = [v for v in vitals if any(is_finite(c[v[0]]) for c in connections)]
+    shown = shown or list(vitals[:1])
     panels = []
     for index, (key, name) in enumerate(shown):
         values = [c[key] if is_finite(c[key]) else None for c in connections]
@@ -42,7 +43,7 @@ def trace_chart(trace: Row, lang: Lang = "en") -> alt.VConcatChart:
             {"number": i, "name": c["name"], "y": v}
             for i, (c, v) in enumerate(zip(connections, values, strict=True))
         ]
-        finite = [v for v in values if v is not None]
+        finite = [v for v in values if v is not None] or [1.0]
         log = min(finite) > 0
         title = word(name, lang)
         y = log_axis(finite, title) if log else alt.Y("y:Q", title=title)
@@ -103,11 +104,17 @@ def run_chart(
         alt.Tooltip("loss:Q", title=word("any loss", lang), format=".4f"),
     ]
     base = alt.Chart(data(rows)).encode(
-        alt.X("step:Q", title=word("step", lang), axis=alt.Axis(grid=False)),
+        alt.X(
+            "step:Q",
+            title=word("step", lang),
+            scale=alt.Scale(nice=False, padding=8),
+            axis=alt.Axis(grid=False, tickCount=10),
+        ),
         alt.Y(
             "loss:Q",
             title=word("any loss", lang),
             scale=alt.Scale(domain=[low - pad, high + pad], zero=False, nice=False),
+            axis=alt.Axis(tickCount=8, grid=True),
         ),
         colour,
         tooltip=tips,

@@ -50,7 +50,7 @@ def write_comparison_page(result: dict[str, Any], path: Path, lang: str = "en") 
         "rows": s.rows(),
         "warmups": _warmup_rows(s) if len(s.warmups) > 1 else [],
         "settings": _facts(result["settings"]),
-        "choice": _facts({k: v for k, v in result.get("choice", {}).items() if k != "measured"}),
+        "choice": _facts(result.get("choice", {})),
         "measured": result.get("choice", {}).get("measured", []),
     }
     _write("comparison.html.j2", path, lang, drawn, context)
@@ -83,6 +83,7 @@ def write_run_page(
         "config": config,
         "summary": summary,
         "evaluations": [row for row in metrics if "validation" in row],
+        "measured": config.get("choice", {}).get("measured", []),
         "parts": {k: _facts(config.get(k, {})) for k in ("model", "train", "runtime", "choice")},
     }
     _write("run.html.j2", path, lang, drawn, context)
@@ -194,8 +195,8 @@ def count(value: Any) -> str:
 
 
 def _facts(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return settings as names and text."""
-    return [(str(name), _text(value)) for name, value in values.items()]
+    """Return settings as names and text; what was `measured` has lines of its own."""
+    return [(str(name), _text(value)) for name, value in values.items() if name != "measured"]
 
 
 def _text(value: Any) -> str:

@@ -152,7 +152,7 @@ class Summary:
 
     def flops_budget(self) -> float:
         """Training FLOPs of the cheapest cell: the budget of the equal-FLOPs column."""
-        return min(c["flops_per_token"] * c["tokens"] for g in self.groups for c in g.cells)
+        return float(min(c["flops"] for g in self.groups for c in g.cells))
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the table: one row per wiring and depth at its best rate and warm-up."""

@@ -47,6 +47,9 @@
     });
   }
 
+  window.addEventListener("beforeprint", () => {
+    document.querySelectorAll("main > details").forEach((part) => { part.open = true; });
+  });
   button.addEventListener("click", () => show(root.lang === "en" ? "zh" : "en"));
   show(root.lang === "en" ? "en" : "zh");
 })();
