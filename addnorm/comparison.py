@@ -28,7 +28,7 @@ from addnorm.contract import parse_spec
 from addnorm.data.text import TextData, load_text
 from addnorm.files import locked, read_json, write_json
 from addnorm.models.gpt import GPT, GPTConfig
-from addnorm.plugins import load_plugins
+from addnorm.plugins import absolute, load_plugins
 from addnorm.probe.vitals import xray
 from addnorm.reports.summary import merge, status_of
 from addnorm.training.config import Runtime, TrainConfig
@@ -176,8 +176,9 @@ def compare(
     `ValueError` for a grid that cannot be built and for a folder that holds another text.
     """
     load_plugins(plugins)
+    plugins = absolute(plugins)
     config, observer = config or CompareConfig(), observer or CompareObserver()
-    data = _data(config.data, config.context)
+    data = load_text(config.data, config.context)
     device = pick_device(config.device)
     if out is None:
         return _compare(config, data, device, None, observer, plugins)
@@ -233,7 +234,7 @@ def _cells(config: CompareConfig, data: TextData, choice: Choice) -> Iterator[Ce
         for seed in range(config.seeds):
             model = replace(config.model(wiring, depth), vocab_size=data.vocab_size)
             training = config.training(rate, warmup, seed)
-            yield Cell(model, training, config.data, data.sha256, choice)
+            yield Cell(model, training, data.location, data.sha256, choice)
 
 
 def _before(folder: Path | None, data: TextData) -> dict[str, Any] | None:
@@ -273,10 +274,13 @@ def _finished(folder: Path | None, cell: Cell) -> dict[str, Any] | None:
     return dict(read_json(path)) if path is not None and path.exists() else None
 
 
-@functools.lru_cache(maxsize=2)
-def _data(source: str, context: int) -> TextData:
-    """Return the data, read once in each process."""
-    return load_text(source, context)
+@functools.lru_cache(maxsize=1)
+def _data(source: str, context: int, sha256: str) -> TextData:
+    """Return the data of a cell, read once in each worker. The text must be what it was."""
+    data = load_text(source, context)
+    if data.sha256 != sha256:
+        raise ValueError(f"the text {source!r} changed while the comparison was running")
+    return data
 
 
 def _train_cell(
@@ -285,9 +289,7 @@ def _train_cell(
     """Train one cell, X-ray it at both ends, and keep the result; runs in a worker process."""
     load_plugins(plugins)
     device = torch.device(device_name)
-    data = _data(cell.source, cell.model.context)
-    if data.sha256 != cell.sha256:
-        raise ValueError(f"the text {cell.source!r} changed while the comparison was running")
+    data = _data(cell.source, cell.model.context, cell.sha256)
     torch.manual_seed(cell.training.seed)
     model = GPT(cell.model).to(device)
     batch = to_device(next(data.validation_batches(cell.training.batch, 1)), device)

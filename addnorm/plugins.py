@@ -24,6 +24,11 @@ def load_plugins(names: Iterable[str]) -> None:
             _import(name)
 
 
+def absolute(names: Iterable[str]) -> tuple[str, ...]:
+    """Return the same plug-ins, files by absolute path, for another process or a later day."""
+    return tuple(os.path.abspath(n) if n.endswith(".py") else n for n in names)
+
+
 def resolve(target: str) -> Callable[..., Any]:
     """Return the function that `pkg.module:function` or `file.py:function` names.
 

@@ -20,7 +20,7 @@ from addnorm.branches import Context
 from addnorm.data.text import CharTokenizer, TextData, load_text
 from addnorm.files import locked, read_json, read_lines, write_json
 from addnorm.models.gpt import GPT, GPTConfig
-from addnorm.plugins import load_plugins, resolve
+from addnorm.plugins import absolute, load_plugins, resolve
 from addnorm.probe.trace import Trace
 from addnorm.probe.vitals import xray
 from addnorm.training.checkpoint import load_file, load_weights
@@ -99,7 +99,7 @@ def train(
             "torch": torch.__version__,
             "model": description or _describe(model),
             "data": data.describe(),
-            "plugins": [str(Path(p).resolve()) if p.endswith(".py") else p for p in plugins],
+            "plugins": absolute(plugins),
         }
         return train_loop(
             model,

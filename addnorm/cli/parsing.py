@@ -23,6 +23,13 @@ from addnorm.plugins import load_plugins
 
 Lang = Literal["en", "zh"]
 Options = TypeVar("Options")
+TITLES = (
+    "Value error",
+    "Invalid choice",
+    "Unrecognized options",
+    "Missing argument",
+    "Required options",
+)
 LISTS = (int, float, str)  # what a comma list may hold
 
 
@@ -81,10 +88,11 @@ def _unwrapped(on: bool) -> Iterator[None]:
 
 
 def _unboxed(text: str, command: str) -> str:
-    """Take one line out of tyro's box."""
+    """Take one line out of tyro's box, drawn in lines or, on a plain terminal, in ASCII."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
-    rows = [line.strip("│ ") for line in plain.splitlines() if not line.startswith(("╭", "╰"))]
-    sections = [part.strip() for part in re.split(r"\n─+\n", "\n".join(rows))]
+    rows = [line.strip("│| ") for line in plain.splitlines() if not re.match(r"[╭╰+]", line)]
+    sections = [part.strip() for part in re.split(r"(?:^|\n)[─-]{4,}\n", "\n".join(rows))]
+    sections = [part for part in sections if part not in ("", *TITLES)] or [""]
     message = " ".join(sections[0].split())
     message = re.sub(r"^Error parsing \w+: ", "", message)  # our own errors, as they are
     if message.startswith("Unrecognized options: "):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -47,7 +48,12 @@ def run(options: Options) -> int:
 def _trace(target: str, blocks: str | None) -> Trace:
     if ":" not in target:
         return runs.xray_run(runs.load_run(target), blocks=blocks)
-    made = resolve(target)()
+    function = resolve(target)
+    try:
+        inspect.signature(function).bind()
+    except TypeError as error:
+        raise ValueError(f"{target} must need no arguments: {error}") from None
+    made = function()
     if not isinstance(made, tuple) or len(made) not in (2, 3):
         raise ValueError(f"{target} must return (model, inputs) or (model, inputs, targets)")
     return xray(*made, blocks=blocks)

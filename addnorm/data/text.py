@@ -169,6 +169,11 @@ class TextData:
         self.unigram = float(-(held_out @ np.log(counts / counts.sum())) / held_out.sum())
 
     @property
+    def location(self) -> str:
+        """What finds the same corpus again, from any working directory."""
+        return self.source if self.source in BUILT_IN else os.path.abspath(self.source)
+
+    @property
     def vocab_size(self) -> int:
         """The number of distinct characters, V."""
         return len(self.tokenizer)
@@ -205,7 +210,7 @@ class TextData:
     def describe(self) -> dict[str, object]:
         """Return the facts that a run stores: source, sha256, sizes, the two reference losses."""
         return {
-            "source": self.source if self.source in BUILT_IN else os.path.abspath(self.source),
+            "source": self.location,
             "sha256": self.sha256,
             "context": self.context,
             "tokens": len(self.tokens),

@@ -80,10 +80,11 @@ def loss_by_depth(s: Summary, lang: Lang = "en") -> alt.VConcatChart:
     low, high = min([*finite, s.unigram]), max([*finite, s.uniform])
     top, pad = _place_diverged(rows, s, low, high), 0.05 * (high - low)
     layers = _loss_layers(s, rows, look, (low - pad, top), word("loss", lang), lang)
-    layers = references(s.unigram, s.uniform, lang) + layers
+    # The selection belongs to a layer with colours: a legend does not serve one of the rules.
+    layers = [*references(s.unigram, s.uniform, lang), layers[0].add_params(look.pick), *layers[1:]]
     if top > high + pad:
         layers.append(margin_text(top - 0.8 * pad, word("diverged", lang)))
-    charts = [alt.layer(*layers).properties(width=WIDTH, height=400).add_params(look.pick)]
+    charts = [alt.layer(*layers).properties(width=WIDTH, height=400)]
     good = [r["loss"] for r in rows if r.get("status") == "trained"]
     if len(good) > 1 and max(good) - min(good) < 0.4 * (top - low):
         edge = max(0.01, 0.1 * (max(good) - min(good)))
@@ -309,7 +310,9 @@ def curves(s: Summary, lang: Lang = "en") -> alt.FacetChart:
     columns, width = panels(s.depths)
     chart = alt.layer(
         *lines,
-        mean.mark_line(strokeWidth=2.2, clip=True).encode(look.dash, opacity=look.opacity(1)),
+        mean.mark_line(strokeWidth=2.2, clip=True)
+        .encode(look.dash, opacity=look.opacity(1))
+        .add_params(look.pick),
         seed.mark_line(strokeWidth=1, clip=True).encode(detail="seed:N", opacity=look.opacity(0.3)),
         mean.transform_filter("datum.mark")
         .mark_point(filled=True, size=55, clip=True)
@@ -320,7 +323,7 @@ def curves(s: Summary, lang: Lang = "en") -> alt.FacetChart:
     names = ("uniform", "unigram")
     under = {v: f"{word(v, lang)} {getattr(s, v):.3f}" for v in names}
     return finish(  # type: ignore[no-any-return]
-        chart.facet(facet, columns=columns).add_params(look.pick),
+        chart.facet(facet, columns=columns),
         ("Validation loss over steps", "验证损失随步数的变化"),
         (
             f"At each wiring's best rate; faint: each seed. Dotted lines: {under['uniform']} "

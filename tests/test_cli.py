@@ -1,0 +1,308 @@
+"""The command line: results, exit codes, and one clear line for bad input."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from addnorm.cli import main
+
+TEXT = "the quick brown fox jumps over the lazy dog. " * 200
+TINY = ["--depth", "1", "--dim", "8", "--heads", "2", "--context", "8", "--precision", "float32"]
+FAST = ["--compile", "off", "--threads", "1", "--batch", "4", "--warmup", "2"]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+
+
+@pytest.fixture
+def run(tmp_path):
+    assert main(["train", "--data", "text.txt", "--out", "run", "--steps", "12", *TINY, *FAST]) == 0
+    return tmp_path / "run"
+
+
+def refused(capsys, *argv):
+    """Return the one line that bad input gets."""
+    assert main(list(argv)) == 2
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if line.startswith("addnorm: ")]
+    assert out == ""
+    assert len(lines) == 1
+    assert "Traceback" not in err
+    return lines[0].removeprefix("addnorm: ")
+
+
+REFUSED = [
+    (["compar"], "unknown command 'compar'; did you mean 'compare'? (known: "),
+    (
+        ["compare", "--wirings", "prenrm"],
+        "unknown wiring 'prenrm'; did you mean 'prenorm'? (known: ",
+    ),
+    (
+        ["compare", "--wirings", "layerscale(int=1)"],
+        "unknown option of layerscale 'int'; did you mean 'init'? (known: init)",
+    ),
+    (
+        ["compare", "--wirings", "layerscale:init=big"],
+        "init=big in the wiring 'layerscale:init=big' must",
+    ),
+    (["compare", "--depths", "3,0"], "depth 0 must be at least 1"),
+    (["compare", "--depths", "-2"], "depth -2 must be at least 1"),
+    (["compare", "--depths", "x"], "--depths: 'x' is not a whole number"),
+    (["compare", "--heads", "5"], "heads 5 does not divide dim 48 (allowed: 1, 2, 3, 4, 6, 8, "),
+    (["compare", "--warmups", "900"], "a warm-up of 900 steps does not fit into 250 steps"),
+    (["compare", "--rates", "0"], "lr 0.0 must be a positive number, for instance 1e-3"),
+    (["compare", "--seeds", "0"], "seeds 0 must be at least 1"),
+    (["compare", "--start", "xavir"], "unknown start 'xavir'; did you mean 'xavier'? (known: "),
+    (
+        ["compare", "--stepz", "3"],
+        "unknown option '--stepz'; did you mean --steps? (addnorm compare",
+    ),
+    (
+        ["compare", "--steps", "many"],
+        "--steps: 'many' is not a whole number (addnorm compare --help",
+    ),
+    (["compare", "--plugins", "nowhere.py"], "no file 'nowhere.py'"),
+    (["compare", "--plugins", "no.where"], "no module 'no.where', neither installed nor in "),
+    (
+        ["compare", "--data", "nowhere.txt"],
+        "no text at 'nowhere.txt'; give a UTF-8 file, a folder, ",
+    ),
+    (["compare", "--device", "nonsense"], "device 'nonsense' cannot be used here: "),
+    (["train", "--data", "empty.txt"], "the text 'empty.txt' is empty; "),
+    (["train", "--data", "latin.txt"], "latin.txt is not UTF-8 (byte 3 is 0xe9); convert it, "),
+    (["train", "--data", "short.txt"], "the text 'short.txt' has 5 characters, too short for "),
+    (["train", "--depth", "0"], "depth 0 must be at least 1"),
+    (["train", "--heads", "3"], "heads 3 does not divide dim 128 (allowed: "),
+    (["train", "--dropout", "1"], "dropout 1.0 must be at least 0 and less than 1"),
+    (["train", "--wiring", "post-norm"], "unknown wiring 'post-norm'; did you mean 'postnorm'? "),
+    (
+        ["train", "--precision", "half"],
+        "invalid choice 'half' for argument '--precision'. Expected",
+    ),
+    (["train", "--vocab-size", "7"], "vocab_size 7 is not that of 'pydoc', "),
+    (["train", "--resume", "nowhere"], "no run folder 'nowhere'"),
+    (["train", "--resume", "."], ". is not a run folder: it has no config.json"),
+    (
+        ["train", "--resume", "x", "--lr", "1"],
+        "--resume keeps the recorded settings; leave --lr out",
+    ),
+    (
+        ["train", "--model", "a:b", "--depth", "9"],
+        "--model brings its own shape; leave --depth out",
+    ),
+    (["train", "--model", "nothing"], "'nothing' names no function; write pkg.module:function or "),
+    (["train", "--model", "json:nope"], "json has no function 'nope'"),
+    (["sample", "nowhere"], "no run folder 'nowhere'"),
+    (["sample"], "PATH is missing: folder of the run (addnorm sample --help lists the options)"),
+    (["xray", "."], ". is not a run folder: it has no config.json"),
+    (["xray", "json:dumps"], "json:dumps must need no arguments: "),
+    (["wirings", "prenor"], "unknown wiring 'prenor'; did you mean 'prenorm'? (known: "),
+    (["report", "nowhere"], "no file or folder 'nowhere'"),
+    (["report", "."], "comparison.json is missing"),
+    (["data", "get", "nowhere"], "no text at 'nowhere'; give a UTF-8 file, "),
+]
+
+
+@pytest.mark.parametrize(("argv", "message"), REFUSED, ids=[" ".join(a) for a, _ in REFUSED])
+def test_bad_input_gets_one_line_and_exit_code_2(capsys, tmp_path, argv, message):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("short")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    assert refused(capsys, *argv).startswith(message)
+
+
+def test_every_command_has_help(capsys):
+    for command in ("compare", "train", "sample", "xray", "wirings", "report", "data"):
+        assert main([command, "--help"]) == 0
+        assert f"usage: addnorm {command}" in capsys.readouterr().out
+    assert main([]) == 0
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.endswith("addnorm 0.1.0\n")
+
+
+def test_train_sample_xray_and_report_work_on_a_run(capsys, run):
+    assert {p.name for p in run.iterdir()} >= {
+        "config.json",
+        "metrics.jsonl",
+        "model.safetensors",
+        "checkpoint.safetensors",
+        "summary.json",
+        "tokenizer.json",
+        "report.html",
+    }
+    capsys.readouterr()
+    assert main(["sample", "run", "--prompt", "the ", "--tokens", "20", "--seed", "3"]) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("the ")
+    assert len(first) == 25
+    assert main(["sample", "run", "--prompt", "the ", "--tokens", "20", "--seed", "3"]) == 0
+    assert capsys.readouterr().out == first
+    assert main(["xray", "run", "--json", "-"]) == 0
+    trace = json.loads(capsys.readouterr().out)
+    assert trace["wiring"] == "prenorm"
+    assert len(trace["connections"]) == 2
+    assert main(["xray", "run", "--html", "trace.html"]) == 0
+    assert "gradient slope" in capsys.readouterr().out
+    assert "<html" in Path("trace.html").read_text(encoding="utf-8")
+    assert main(["report", "run", "--out", "again.html"]) == 0
+    assert "<html" in Path("again.html").read_text(encoding="utf-8")
+
+
+def test_bad_prompts_and_spoilt_weights_are_refused(capsys, run):
+    assert "the character '€'" in refused(capsys, "sample", "run", "--prompt", "€")
+    assert "the prompt is empty" in refused(capsys, "sample", "run", "--prompt", "")
+    weights = run / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert "is not a whole safetensors file" in refused(capsys, "sample", "run")
+    assert "is not a whole safetensors file" in refused(capsys, "xray", "run")
+
+
+def test_a_finished_run_resumes_to_nothing_and_a_second_run_is_refused(capsys, run):
+    before = (run / "metrics.jsonl").read_bytes()
+    assert main(["train", "--resume", "run"]) == 0
+    assert (run / "metrics.jsonl").read_bytes() == before
+    capsys.readouterr()
+    message = refused(capsys, "train", "--data", "text.txt", "--out", "run", *TINY)
+    assert message == "run holds a run already; go on with --resume run, or choose another --out"
+
+
+OWN_WIRING = '''
+from addnorm import Wiring
+
+class Halved(Wiring):
+    """x <- x / 2 + F(x)."""
+
+    name = "halved"
+    equation = "x <- x / 2 + F(x)"
+    paper = "none"
+    year = 2026
+    at_start = "x / 2 + F(x)"
+    stream_law = "vanishing"
+    gradient_law = "vanishing"
+
+    def __init__(self, branch, site):
+        super().__init__(branch, site)
+        self.reset_parameters()
+
+    def forward(self, stream, context):
+        return stream / 2 + self.branch(stream, context)
+'''
+GRID = ["--depths", "1,2", "--warmups", "0", "--steps", "8", "--dim", "8", "--heads", "2"]
+GRID += ["--context", "8", "--batch", "4", "--data", "text.txt"]
+
+
+def test_a_users_wiring_is_compared_and_a_second_call_trains_nothing(capsys, tmp_path):
+    (tmp_path / "mine.py").write_text(OWN_WIRING, encoding="utf-8")
+    argv = ["compare", "--wirings", "halved,prenorm", "--plugins", "mine.py", *GRID, "--out", "c"]
+    assert main([*argv, "--json", "-"]) == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert [c["wiring"] for c in result["cells"]] == ["halved"] * 4 + ["prenorm"] * 4
+    assert "[8/8]" in err
+    assert "halved" in (tmp_path / "c" / "report.html").read_text(encoding="utf-8")
+    assert main(argv) == 0
+    assert "8 of 8 cells are finished already" in capsys.readouterr().err
+    assert main([*argv, "--seeds", "3"]) == 0
+    assert "[12/12]" in capsys.readouterr().err
+    assert main(["report", "c", "--lang", "zh"]) == 0
+    assert 'lang="zh' in (tmp_path / "c" / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_comparison_on_another_text_is_refused(capsys, tmp_path):
+    assert main(["compare", "--wirings", "prenorm", *GRID, "--out", "c"]) == 0
+    (tmp_path / "text.txt").write_text(TEXT + "more", encoding="utf-8")
+    capsys.readouterr()
+    message = refused(capsys, "compare", "--wirings", "prenorm", *GRID, "--out", "c")
+    assert message.startswith("c holds a comparison on another text (sha256 ")
+    assert main(["compare", "--wirings", "prenorm", *GRID, "--out", "d"]) == 0
+    capsys.readouterr()
+    assert refused(capsys, "report", "c", "d").startswith("these comparisons cannot be joined")
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root writes to read-only folders")
+def test_a_read_only_folder_is_refused(capsys, tmp_path):
+    folder = tmp_path / "locked"
+    folder.mkdir()
+    folder.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    message = refused(capsys, "train", "--data", "text.txt", "--out", "locked/run", *TINY, *FAST)
+    assert "permission denied" in message
+
+
+def test_an_out_path_that_cannot_be_made_is_refused(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    message = refused(capsys, "train", "--data", "text.txt", "--out", "file/run", *TINY, *FAST)
+    assert message == "cannot read or write file/run: not a directory"
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(capsys, run, monkeypatch):
+    before = {p.name: p.read_bytes() for p in run.iterdir()}
+
+    def full(_descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    message = refused(capsys, "train", "--data", "text.txt", "--out", "other", *TINY, *FAST)
+    assert message == "cannot read or write: no space left on device"
+    assert {p.name: p.read_bytes() for p in run.iterdir()} == before
+
+
+def test_json_goes_to_stdout_and_messages_to_stderr(capsys):
+    assert main(["wirings", "--json", "-"]) == 0
+    out, err = capsys.readouterr()
+    assert {row["name"] for row in json.loads(out)} >= {"plain", "prenorm", "deepnorm"}
+    assert err == ""
+    assert main(["data", "get", "text.txt", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == len(TEXT)
+
+
+def test_ctrl_c_ends_with_130_and_the_run_resumes(tmp_path):
+    argv = ["train", "--data", "text.txt", "--out", "run", "--steps", "100000", *TINY, *FAST]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "addnorm", *argv], stderr=subprocess.PIPE, text=True
+    )
+    while not (tmp_path / "run" / "summary.json").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(2)
+    _, errors = process.communicate()
+    assert process.returncode == 130, errors
+    assert "addnorm: interrupted" in errors
+    assert "Traceback" not in errors
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "interrupted"
+
+
+SICK = """
+import torch
+from addnorm import GPT, GPTConfig
+
+def make():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(depth=1, dim=8, heads=2, context=8, vocab_size=5))
+    tokens = torch.randint(5, (2, 8))
+    return model, tokens, tokens
+
+def sick():
+    model, *rest = make()
+    model.head.weight.data.fill_(float("nan"))
+    return model, *rest
+
+def alone():
+    return make()[0]
+"""
+
+
+def test_xray_of_a_function_and_exit_code_1_when_sick(capsys, tmp_path):
+    (tmp_path / "own.py").write_text(SICK, encoding="utf-8")
+    assert main(["xray", "own.py:make"]) == 0
+    assert main(["xray", "own.py:sick"]) == 1
+    assert "sick: non-finite" in capsys.readouterr().out
+    assert "must return (model, inputs) or" in refused(capsys, "xray", "own.py:alone")
