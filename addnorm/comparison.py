@@ -48,13 +48,13 @@ class CompareConfig:
     """wirings, separated by commas; `addnorm wirings` lists them"""
     depths: tuple[int, ...] = (3, 12, 24)
     """layers, each an attention and a feed-forward connection"""
-    rates: tuple[float, ...] = (2e-3,)
+    rates: tuple[float, ...] = (1e-3,)
     """peak learning rates; the report shows each wiring at its best"""
     warmups: tuple[int, ...] = (0, 100)
     """warm-up lengths in steps"""
     seeds: int = 2
     """trainings of each cell, with seeds 0, 1, ..."""
-    steps: int = 250
+    steps: int = 200
     """optimiser steps of each training"""
     batch: int = 16
     """windows in a step"""

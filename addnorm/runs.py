@@ -208,7 +208,7 @@ def xray_run(
     device = next(run.model.parameters()).device
     if batch is None:
         batch = to_device(next(run.data.validation_batches(run.config.batch, 1)), device)
-    return xray(run.model, *batch, blocks=blocks, loss=cross_entropy)
+    return xray(run.model, *batch, blocks=blocks)
 
 
 def write_report(folder: str | Path, lang: str = "en", page: Path | None = None) -> Path:

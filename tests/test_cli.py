@@ -59,7 +59,7 @@ REFUSED = [
     (["compare", "--depths", "-2"], "depth -2 must be at least 1"),
     (["compare", "--depths", "x"], "--depths: 'x' is not a whole number"),
     (["compare", "--heads", "5"], "heads 5 does not divide dim 48 (allowed: 1, 2, 3, 4, 6, 8, "),
-    (["compare", "--warmups", "900"], "a warm-up of 900 steps does not fit into 250 steps"),
+    (["compare", "--warmups", "900"], "a warm-up of 900 steps does not fit into 200 steps"),
     (["compare", "--rates", "0"], "lr 0.0 must be a positive number, for instance 1e-3"),
     (["compare", "--seeds", "0"], "seeds 0 must be at least 1"),
     (["compare", "--start", "xavir"], "unknown start 'xavir'; did you mean 'xavier'? (known: "),

@@ -51,6 +51,11 @@ def word(key: str, lang: Lang) -> str:
     return _TEXT[key][lang == "zh"]
 
 
+def tooltips(lang: Lang, *fields: str) -> list[alt.Tooltip]:
+    """Return tooltips of fields such as `depth:Q` that are named as their titles."""
+    return [alt.Tooltip(field, title=word(field.split(":")[0], lang)) for field in fields]
+
+
 def data(rows: Iterable[Row]) -> alt.InlineData:
     """Return rows as the data of a chart, with null for what is not finite."""
     return alt.InlineData(values=[{k: _short(v) for k, v in row.items()} for row in rows])

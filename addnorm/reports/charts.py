@@ -30,6 +30,7 @@ from addnorm.reports.chart_style import (
     margin_text,
     panels,
     references,
+    tooltips,
     word,
 )  # fmt: skip
 from addnorm.reports.summary import Group, Summary
@@ -119,15 +120,9 @@ def _loss_layers(
         scale=alt.Scale(domain=list(span), zero=False, nice=False),
         axis=alt.Axis(tickCount=8, grid=True),
     )
-    keys = (
-        ("wiring:N", "wiring"),
-        ("depth:Q", "depth"),
-        ("rate:Q", "rate"),
-        ("warmup:Q", "warmup"),
-    )
-    tips = [alt.Tooltip(field, title=word(key, lang)) for field, key in keys]
+    tips = tooltips(lang, "wiring:N", "depth:Q", "rate:Q", "warmup:Q")
     loss = alt.Tooltip("loss:Q", title=word("loss", lang), format=".4f")
-    seed = alt.Tooltip("seed:N", title=word("seed", lang))
+    seed = tooltips(lang, "seed:N")
     base = alt.Chart(data(rows)).encode(x, y, look.colour)
     mean, point, lost = (
         base.transform_filter(f"datum.kind == '{kind}'") for kind in ("mean", "seed", "diverged")
@@ -135,13 +130,13 @@ def _loss_layers(
     return [
         mean.mark_line(strokeWidth=2, clip=True).encode(look.dash, opacity=look.opacity(1)),
         point.mark_circle(size=24, clip=True).encode(
-            opacity=look.opacity(0.7), tooltip=[*tips, seed, loss]
+            opacity=look.opacity(0.7), tooltip=[*tips, *seed, loss]
         ),
         mean.mark_point(filled=True, size=80, clip=True).encode(
             look.shape, opacity=look.opacity(1), tooltip=[*tips, loss]
         ),
         lost.mark_text(text="×", fontSize=20, fontWeight="bold", clip=True).encode(
-            opacity=look.opacity(1), tooltip=[*tips, seed]
+            opacity=look.opacity(1), tooltip=[*tips, *seed]
         ),
     ]
 
@@ -187,13 +182,7 @@ def _depth_lines(look: Look, rows: list[Row], y: alt.Y, y_title: str, lang: Lang
         scale=alt.Scale(domain=[0, 1], nice=False, padding=6),
         axis=alt.Axis(format="%", values=[0, 0.25, 0.5, 0.75, 1], grid=False, labelFlush=True),
     )
-    keys = (
-        ("wiring:N", "wiring"),
-        ("depth:Q", "depth"),
-        ("number:Q", "number"),
-        ("name:N", "name"),
-    )
-    tips = [alt.Tooltip(field, title=word(key, lang)) for field, key in keys]
+    tips = tooltips(lang, "wiring:N", "depth:Q", "number:Q", "name:N")
     tips.append(alt.Tooltip("y:Q", title=y_title, format=".3g"))
     base = alt.Chart().encode(x, y, look.colour, opacity=look.opacity(1))
     points = base.transform_filter("datum.mark").mark_point(filled=True, size=60, clip=True)
@@ -293,7 +282,7 @@ def curves(s: Summary, lang: Lang = "en") -> alt.FacetChart:
     x = alt.X(
         "step:Q",
         title=word("step", lang),
-        scale=alt.Scale(nice=False, padding=6),
+        scale=alt.Scale(domain=[0, max(1, *(r["step"] for r in rows))], nice=False, padding=6),
         axis=alt.Axis(tickCount=5, grid=False),
     )
     base = alt.Chart().encode(x, y)
@@ -302,8 +291,7 @@ def curves(s: Summary, lang: Lang = "en") -> alt.FacetChart:
         line.mark_rule(color=GREY, strokeDash=[3, 3]).encode(y=alt.datum(v, type="quantitative"))
         for v in (s.unigram, s.uniform)
     ]
-    keys = (("wiring:N", "wiring"), ("warmup:Q", "warmup"), ("step:Q", "step"))
-    tips = [alt.Tooltip(field, title=word(key, lang)) for field, key in keys]
+    tips = tooltips(lang, "wiring:N", "warmup:Q", "step:Q")
     tips.append(alt.Tooltip("loss:Q", title=word("loss", lang), format=".4f"))
     mean = base.transform_filter("datum.kind == 'mean'").encode(look.colour, tooltip=tips)
     seed = base.transform_filter("datum.kind == 'seed'").encode(look.colour, look.dash)

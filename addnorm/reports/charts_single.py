@@ -90,7 +90,7 @@ def run_chart(
     for row in metrics:
         if is_finite(row.get("validation")):
             rows.append({"kind": "validation", "step": row["step"], "loss": row["validation"]})
-    losses = [r["loss"] for r in rows]
+    losses, last = [r["loss"] for r in rows], max([1, *(r["step"] for r in rows)])
     low, high = min([*losses, unigram]), max([uniform, *(v for v in losses if v < 1.3 * uniform)])
     pad = 0.04 * (high - low)
     label = f"datum.label == 'training' ? '{word('training', lang)}' : '{word('validation', lang)}'"
@@ -107,7 +107,7 @@ def run_chart(
         alt.X(
             "step:Q",
             title=word("step", lang),
-            scale=alt.Scale(nice=False, padding=8),
+            scale=alt.Scale(domain=[0, last], nice=False, padding=8),
             axis=alt.Axis(grid=False, tickCount=10),
         ),
         alt.Y(
