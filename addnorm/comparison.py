@@ -290,8 +290,7 @@ def _train_cell(
     load_plugins(plugins)
     device = torch.device(device_name)
     data = _data(cell.source, cell.model.context, cell.sha256)
-    torch.manual_seed(cell.training.seed)
-    model = GPT(cell.model).to(device)
+    model = started(cell.model, cell.training.seed).to(device)
     batch = to_device(next(data.validation_batches(cell.training.batch, 1)), device)
     start = xray(model, *batch)
     run = train_loop(model, data, cell.training, Runtime(device=device_name), choice=cell.choice)
@@ -321,6 +320,14 @@ def _train_cell(
     if folder is not None:
         write_json(folder / "cells" / f"{cell.key}.json", result)
     return result
+
+
+def started(config: GPTConfig, seed: int) -> GPT:
+    """Return a GPT whose embedding and head start alike under every wiring with one seed."""
+    model = GPT(config)
+    torch.manual_seed(seed)  # after building, which draws numbers of its own
+    model.reset_parameters()
+    return model
 
 
 def load_comparison(folder: str | Path, *, cells: bool = True) -> dict[str, Any]:

@@ -211,7 +211,7 @@ def gradient_by_depth(s: Summary, lang: Lang = "en") -> alt.FacetChart:
     columns, width = panels(s.depths)
     inner = _depth_lines(look, rows, y, title, lang).properties(width=width, height=300)
     facet = alt.Facet("depth:O", header=depth_header(lang), sort="ascending")
-    chart = inner.facet(facet, columns=columns).add_params(look.pick)
+    chart = inner.facet(facet, columns=columns, spacing=34).add_params(look.pick)
     return finish(  # type: ignore[no-any-return]
         chart,
         ("Gradient through depth at the start", "训练开始时梯度沿深度的分布"),
@@ -311,7 +311,7 @@ def curves(s: Summary, lang: Lang = "en") -> alt.FacetChart:
     names = ("uniform", "unigram")
     under = {v: f"{word(v, lang)} {getattr(s, v):.3f}" for v in names}
     return finish(  # type: ignore[no-any-return]
-        chart.facet(facet, columns=columns),
+        chart.facet(facet, columns=columns, spacing=34),
         ("Validation loss over steps", "验证损失随步数的变化"),
         (
             f"At each wiring's best rate; faint: each seed. Dotted lines: {under['uniform']} "

@@ -169,7 +169,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "count": count}
+    environment.filters |= {"number": number, "count": count, "breaks": breaks}
     environment.globals["STATUS"] = STATUS
     return environment
 
@@ -192,6 +192,12 @@ def number(value: Any, form: str = ".3f") -> str:
 def count(value: Any) -> str:
     """Return a whole number with thousands separated."""
     return number(value, ",.0f")
+
+
+def breaks(name: str) -> Markup:
+    """Return the spec of a wiring that may break after its brackets and commas."""
+    text = str(Markup.escape(name))
+    return Markup(text.replace("(", "(<wbr>").replace(",", ",<wbr>"))
 
 
 def _facts(values: Mapping[str, Any]) -> list[tuple[str, str]]:

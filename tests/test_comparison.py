@@ -1,0 +1,179 @@
+"""The comparison: what a cell is, fairness between cells, resume, divergence."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from addnorm import GPT, CompareConfig, compare, load_text, runs
+from addnorm.comparison import Cell, CompareObserver, join_comparisons, load_comparison
+from addnorm.reports.summary import statements, summarise
+from addnorm.training.tune import Choice, choice_from
+
+SMALL = {"dim": 8, "heads": 2, "context": 8, "batch": 4, "steps": 12, "jobs": 1}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("comparison")
+    path = folder / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog. " * 200, encoding="utf-8")
+    return str(path)
+
+
+def grid(text, **changes):
+    settings = {"wirings": ("plain", "prenorm"), "depths": (1, 2), "warmups": (0, 4), "seeds": 2}
+    return CompareConfig(data=text, **(SMALL | settings | changes))
+
+
+def plain_values(result):
+    """Return the cells without what the clock decides."""
+    clock = ("seconds", "tokens_per_second", "curve")
+    cells = [{k: v for k, v in c.items() if k not in clock} for c in result["cells"]]
+    for cell, whole in zip(cells, result["cells"], strict=True):
+        cell["curve"] = [row[:2] for row in whole["curve"]]
+    return json.loads(json.dumps(cells))
+
+
+@pytest.fixture(scope="module")
+def result(text):
+    return compare(grid(text))
+
+
+def test_every_cell_of_the_grid_is_there_once_and_in_order(result):
+    keys = [(c["wiring"], c["depth"], c["lr"], c["warmup"], c["seed"]) for c in result["cells"]]
+    wanted = [
+        (w, d, 1e-3, u, s)
+        for w in ("plain", "prenorm")
+        for d in (1, 2)
+        for u in (0, 4)
+        for s in (0, 1)
+    ]
+    assert keys == wanted
+    assert len({c["key"] for c in result["cells"]}) == len(wanted)
+
+
+def test_a_cell_is_the_training_that_anyone_can_run_alone(text, result):
+    """The same GPT, seed and settings through `addnorm.train` give bitwise the same losses."""
+    config, data = grid(text), load_text(text, 8)
+    cell = next(c for c in result["cells"] if (c["wiring"], c["depth"]) == ("prenorm", 2))
+    torch.manual_seed(cell["seed"])
+    model = GPT(replace(config.model("prenorm", 2), vocab_size=data.vocab_size))
+    training = config.training(cell["lr"], cell["warmup"], cell["seed"])
+    run = runs.train(model, data, training, choice=choice_from(result["choice"]))
+    assert [loss for _, loss in cell["losses"]] == run.losses
+    assert cell["validation"] == run.validation
+    assert [row[:2] for row in cell["curve"]] == [[step, loss] for step, loss, _ in run.evaluations]
+    assert cell["parameters"] == sum(p.numel() for p in model.parameters())
+    assert cell["tokens"] == 12 * 4 * 8
+
+
+def test_cells_of_one_seed_start_from_the_same_embedding_and_data(text):
+    """Paired seeds: the token embedding and the batches do not depend on the wiring."""
+    config, data = grid(text), load_text(text, 8)
+    weights = []
+    for wiring in ("prenorm", "prenorm"):
+        torch.manual_seed(1)
+        weights.append(
+            GPT(replace(config.model(wiring, 1), vocab_size=data.vocab_size)).token.weight
+        )
+    assert torch.equal(*weights)
+
+
+def test_the_result_does_not_depend_on_how_many_jobs_train(text, result):
+    assert plain_values(compare(grid(text, jobs=2))) == plain_values(result)
+
+
+class Counter(CompareObserver):
+    def __init__(self):
+        self.trained = []
+
+    def finished(self, cell):
+        self.trained.append(cell["key"])
+
+
+def test_finished_cells_are_kept_and_a_larger_grid_trains_only_what_is_new(text, tmp_path):
+    first, again, larger = Counter(), Counter(), Counter()
+    small = grid(text, wirings=("prenorm",), depths=(1,))
+    one = compare(small, out=tmp_path / "c", observer=first)
+    two = compare(small, out=tmp_path / "c", observer=again)
+    assert len(first.trained) == 4
+    assert again.trained == []
+    assert plain_values(one) == plain_values(two)
+    compare(replace(small, depths=(1, 2)), out=tmp_path / "c", observer=larger)
+    assert len(larger.trained) == 4
+    assert not set(larger.trained) & set(first.trained)
+
+
+def test_a_cell_is_named_by_what_decides_its_outcome(text):
+    config = grid(text)
+    base = Cell(config.model("prenorm", 2), config.training(1e-3, 0, 0), text, "sha", Choice())
+    other = [
+        replace(base, model=config.model("postnorm", 2)),
+        replace(base, model=config.model("prenorm", 3)),
+        replace(base, training=config.training(2e-3, 0, 0)),
+        replace(base, training=config.training(1e-3, 4, 0)),
+        replace(base, training=config.training(1e-3, 0, 1)),
+        replace(base, sha256="other"),
+        replace(base, choice=Choice(precision="bfloat16")),
+    ]
+    assert len({c.key for c in [base, *other]}) == 8
+    assert replace(base, choice=Choice(threads=7)).key == base.key
+    assert replace(base, source="elsewhere").key == base.key
+
+
+@pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")
+def test_a_rate_that_blows_up_counts_as_diverged_and_the_page_says_so(text):
+    config = grid(text, wirings=("residual",), depths=(2,), rates=(1e4,), warmups=(0,))
+    result = compare(config)
+    assert {c["status"] for c in result["cells"]} == {"diverged"}
+    summary = summarise(json.loads(json.dumps(result)))
+    assert summary.rows()[0]["status"] == "diverged"
+    first = statements(summary)[0]
+    assert first.code == "take-none"
+
+
+def test_a_killed_comparison_goes_on_where_it_stopped(text, tmp_path):
+    """SIGKILL after the first finished cell; the second call keeps it and trains the rest."""
+    code = (
+        "import sys; from addnorm import CompareConfig, compare\n"
+        "compare(CompareConfig(wirings=('prenorm',), depths=(1, 2), warmups=(0,), seeds=2, dim=8,"
+        "heads=2, context=8, batch=4, steps=12, jobs=1, data=sys.argv[1]), out=sys.argv[2])"
+    )
+    folder = tmp_path / "c"
+    process = subprocess.Popen([sys.executable, "-c", code, text, str(folder)], env=os.environ)
+    while process.poll() is None and not list((folder / "cells").glob("*.json")):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = {p.stem for p in (folder / "cells").glob("*.json")}
+    assert kept
+    counter = Counter()
+    config = grid(text, wirings=("prenorm",), warmups=(0,))
+    result = compare(config, out=folder, observer=counter)
+    assert len(result["cells"]) == 4
+    assert kept.isdisjoint(counter.trained)
+    assert plain_values(result) == plain_values(compare(config))
+
+
+def test_comparisons_are_joined_when_text_and_settings_agree(text, tmp_path):
+    compare(grid(text, wirings=("prenorm",)), out=tmp_path / "a")
+    compare(grid(text, wirings=("plain",), depths=(1,)), out=tmp_path / "b")
+    compare(grid(text, wirings=("plain",), depths=(1,), steps=6), out=tmp_path / "c")
+    joined = join_comparisons([tmp_path / "a", tmp_path / "b"])
+    assert len(joined["cells"]) == 8 + 4
+    assert summarise(joined).wirings == ["prenorm", "plain"]
+    with pytest.raises(ValueError, match="cannot be joined: .*'steps': 12.*'steps': 6"):
+        join_comparisons([tmp_path / "a", tmp_path / "c"])
+    with pytest.raises(ValueError, match="is missing"):
+        load_comparison(tmp_path)
+    (Path(tmp_path) / "no.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds no comparison"):
+        load_comparison(tmp_path / "no.json")
