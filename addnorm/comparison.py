@@ -32,8 +32,8 @@ from addnorm.plugins import absolute, load_plugins
 from addnorm.probe.vitals import xray
 from addnorm.reports.summary import merge, status_of
 from addnorm.training.config import Runtime, TrainConfig
-from addnorm.training.loop import cross_entropy, make_optimizer, pick_device, to_device, train_loop
-from addnorm.training.tune import Choice, choice_from, tune
+from addnorm.training.loop import pick_device, to_device, train_loop
+from addnorm.training.tune import Choice
 
 SCHEMA = 1
 EVALUATIONS = 10  # validation points on a cell's curve
@@ -194,9 +194,9 @@ def _compare(
     observer: CompareObserver,
     plugins: Sequence[str],
 ) -> dict[str, Any]:
-    before = _before(folder, data)
-    choice = choice_from(before["choice"]) if before else _choose(config, data, device)
-    choice = replace(choice, precision=config.precision)
+    _refuse_other_text(folder, data)
+    # Nothing is measured here: one way for all cells and machines, so that results repeat bitwise.
+    choice = Choice(precision=config.precision, threads=1 if device.type == "cpu" else 0)
     observer.say(f"computing in {choice}")
     cells = list(_cells(config, data, choice))
     result: dict[str, Any] = {
@@ -237,36 +237,16 @@ def _cells(config: CompareConfig, data: TextData, choice: Choice) -> Iterator[Ce
             yield Cell(model, training, data.location, data.sha256, choice)
 
 
-def _before(folder: Path | None, data: TextData) -> dict[str, Any] | None:
-    """Return the comparison that the folder holds; refuse one of another text."""
+def _refuse_other_text(folder: Path | None, data: TextData) -> None:
+    """Raise `ValueError` where the folder holds a comparison of another text."""
     if folder is None or not (folder / "comparison.json").exists():
-        return None
-    before: dict[str, Any] = load_comparison(folder, cells=False)
+        return
+    before = load_comparison(folder)
     if before["data"]["sha256"] != data.sha256:
         raise ValueError(
             f"{folder} holds a comparison on another text (sha256 {before['data']['sha256'][:12]}, "
             f"this one {data.sha256[:12]}); choose another --out"
         )
-    return before
-
-
-def _choose(config: CompareConfig, data: TextData, device: torch.device) -> Choice:
-    """Measure how a net of the grid is computed fastest, in the one precision, on one thread."""
-    shape = replace(config.model(config.wirings[0], min(config.depths)), vocab_size=data.vocab_size)
-    model = GPT(shape).to(device)
-    batch = to_device(data.training_batch(0, 0, config.batch), device)
-    threads = torch.get_num_threads()
-    choice, _ = tune(
-        model,
-        make_optimizer,
-        lambda inputs, targets: cross_entropy(model(inputs), targets),
-        batch,
-        config.training(config.rates[0], 0, 0),
-        Runtime(precision=config.precision, compile="off", threads=1),
-        lambda _message: None,
-    )
-    torch.set_num_threads(threads)
-    return choice
 
 
 def _finished(folder: Path | None, cell: Cell) -> dict[str, Any] | None:
@@ -330,7 +310,7 @@ def started(config: GPTConfig, seed: int) -> GPT:
     return model
 
 
-def load_comparison(folder: str | Path, *, cells: bool = True) -> dict[str, Any]:
+def load_comparison(folder: str | Path) -> dict[str, Any]:
     """Return the comparison in `folder`, with every finished cell of its grid.
 
     Raises `ValueError` where there is none, or one of another schema.
@@ -341,7 +321,7 @@ def load_comparison(folder: str | Path, *, cells: bool = True) -> dict[str, Any]
         raise ValueError(f"{path} holds no comparison")
     if result.get("schema") != SCHEMA:
         raise ValueError(f"{path} has schema {result.get('schema')}; this version reads {SCHEMA}")
-    if cells and (path.parent / "cells").is_dir():
+    if (path.parent / "cells").is_dir():
         # A comparison that was cut off has finished cells that its summary does not list yet.
         known = {cell["key"] for cell in result["cells"]}
         sizes = result["settings"]

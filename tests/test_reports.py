@@ -63,7 +63,7 @@ def test_intervals_that_overlap_are_a_tie_and_intervals_that_do_not_are_none():
 
 def test_one_seed_never_decides_between_wirings_that_train():
     cells = [make_cell("plain", 12, 0, 1.5), make_cell("prenorm", 12, 0, 2.5)]
-    assert "take-tie" in said(cells)
+    assert "take-one-seed" in said(cells)
 
 
 def test_nothing_trained():
@@ -190,3 +190,29 @@ def test_merge_joins_cells_and_refuses_other_settings():
     assert len(joined["cells"]) == 2
     with pytest.raises(ValueError, match="cannot be joined"):
         merge([one, two], lambda r: r["settings"]["wirings"])
+
+
+def test_a_training_that_ended_early_sets_no_budget():
+    """Equal time and equal FLOPs are budgets of whole trainings; one that diverged has ∞ there."""
+    alone = summarise(make_result([make_cell("prenorm", 12, 0, 2.0)])).rows()[0]
+    cells = [make_cell("prenorm", 12, 0, 2.0), make_cell("plain", 12, 0, None)]
+    plain, prenorm = sorted(summarise(make_result(cells)).rows(), key=lambda r: r["wiring"])
+    assert prenorm["equal_time"] == alone["equal_time"] == pytest.approx(2.0)
+    assert prenorm["equal_flops"] == alone["equal_flops"] == pytest.approx(2.0)
+    assert math.isnan(plain["equal_flops"])
+    assert plain["equal_time"] == math.inf
+
+
+def test_a_training_that_failed_at_its_first_step_is_a_row_and_no_error():
+    cell = make_cell("plain", 12, 0, None) | {"steps": 0, "tokens": 0, "seconds": 0.0}
+    cell["curve"] = [[0, None, 0.0]]
+    row = summarise(make_result([cell])).rows()[0]
+    assert row["status"] == "diverged"
+    assert math.isnan(row["equal_time"])
+
+
+def test_what_was_not_measured_is_not_explained():
+    cells = seeds("plain", 24, [3.3, 3.3])
+    for cell in cells:
+        cell["start"] = cell["start"] | {"gradient_slope": None}
+    assert not any(code.startswith("why") for code in said(cells))

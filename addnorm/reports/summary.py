@@ -72,15 +72,24 @@ class Group:
                 values.append(float(value))
         return statistics.median(values) if values else math.nan
 
+    @property
+    def whole(self) -> list[Cell]:
+        """The seeds that took all their steps; a loss that is not finite ends a training early."""
+        return [c for c in self.cells if c["validation"] is not None]
+
     def loss_at(self, column: int, budget: float) -> float:
         """Return the mean validation loss when `column` of the curve (0 step, 2 s) reaches `budget`.
 
-        Linear between evaluations; infinite for a seed that diverged before.
+        Linear between evaluations; infinite where a seed ended before, NaN without a budget.
         """
+        if not math.isfinite(budget):
+            return math.nan
         return statistics.fmean(_at(c["curve"], column, budget, c["status"]) for c in self.cells)
 
 
 def _at(curve: Sequence[Sequence[float]], column: int, budget: float, status: str) -> float:
+    if any(row[1] is None for row in curve):
+        return math.inf
     for before, after in itertools.pairwise(curve):
         if after[column] >= budget:
             span = after[column] - before[column]
@@ -147,12 +156,17 @@ class Summary:
         return sorted(groups, key=lambda g: (-g.trained / len(g.cells), g.loss))
 
     def time_budget(self, depth: int) -> float:
-        """Seconds that the fastest wiring took at `depth`: the budget of the equal-time column."""
-        return min((g.median("seconds") for g in self.best_at(depth)), default=math.nan)
+        """Seconds that the fastest wiring took at `depth`: the budget of the equal-time column.
+
+        Only trainings that took all their steps count; NaN where there is none.
+        """
+        whole = [[c["seconds"] for c in g.whole] for g in self.best_at(depth)]
+        return min((statistics.median(seconds) for seconds in whole if seconds), default=math.nan)
 
     def flops_budget(self) -> float:
-        """Training FLOPs of the cheapest cell: the budget of the equal-FLOPs column."""
-        return float(min(c["flops"] for g in self.groups for c in g.cells))
+        """Training FLOPs of the cheapest whole training: the budget of the equal-FLOPs column."""
+        whole = [float(c["flops"]) for g in self.groups for c in g.whole]
+        return min(whole, default=math.nan)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the table: one row per wiring and depth at its best rate and warm-up."""
@@ -164,7 +178,8 @@ class Summary:
                 group = self.best(wiring, depth)
                 if group is None:
                     continue
-                steps = group.median("steps") * budget / group.median("flops")
+                per_step = [c["flops"] / c["steps"] for c in group.whole]
+                steps = budget / per_step[0] if per_step else math.nan
                 low, high = group.interval
                 rows.append(
                     {
@@ -263,6 +278,15 @@ def _advice(s: Summary) -> Statement:
         )
     best = ranked[0]
     ties = [g for g in ranked[1:] if not _apart(best, g)]
+    seeds = len(best.cells)
+    if ties and seeds == 1:
+        return Statement(
+            "take-one-seed",
+            f"At depth {depth} {best.wiring} has the lowest validation loss, {best.loss:.3f}, but "
+            "one seed cannot tell it from the others that trained; use --seeds 3.",
+            f"深度 {depth} 时 {best.wiring} 的验证损失最低（{best.loss:.3f}），但只有一个随机种子，"
+            "无法与其他训练成功的接法分出高下；请用 --seeds 3。",
+        )
     warm = f" with {best.warmup} warm-up steps" if best.warmup else ""
     warm_zh = f"（预热 {best.warmup} 步）" if best.warmup else ""
     if ties:
@@ -363,6 +387,8 @@ def _why(s: Summary, wiring: str) -> list[Statement]:
     similarity = group.median("start", "token_similarity")
     count = len(group.cells[0]["start"]["connections"])
     decades = slope * (count - 1) / 10
+    if not math.isfinite(slope) or not math.isfinite(similarity):
+        return []  # not measured: say nothing rather than guess
     where, where_zh = f"{wiring} at depth {group.depth}", f"{wiring}，深度 {group.depth}"
     if slope >= STEEP:
         return [
