@@ -9,9 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from addnorm.branches import Branch, Context
+    from addnorm.branches import Branch, Context, Matrix, Site
     from addnorm.comparison import CompareConfig, compare
-    from addnorm.contract import Group, Site, Stack, Wiring
+    from addnorm.contract import Group, Stack, Wiring
     from addnorm.data.text import load_text
     from addnorm.models.gpt import GPT, GPTConfig
     from addnorm.models.layers import Attention, FeedForward
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "branches": ("Branch", "Context"),
+    "branches": ("Branch", "Context", "Matrix", "Site"),
     "comparison": ("CompareConfig", "compare"),
-    "contract": ("Group", "Site", "Stack", "Wiring"),
+    "contract": ("Group", "Stack", "Wiring"),
     "data.text": ("load_text",),
     "models.gpt": ("GPT", "GPTConfig"),
     "models.layers": ("Attention", "FeedForward"),
@@ -48,6 +48,7 @@ __all__ = [
     "GPTConfig",
     "Group",
     "MLPConfig",
+    "Matrix",
     "Runtime",
     "Site",
     "Stack",

@@ -1,4 +1,4 @@
-"""The branch: what a residual connection adds to the stream, and how its matrices start.
+"""The branch: what a residual connection adds to the stream, where it sits, how it starts.
 
 Shapes: `(..., D)` in, `(..., D)` out. Tokens are `(B, T, D)`, channel-last images `(B, H, W, D)`.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,16 +19,70 @@ ROLES = ("query", "key", "value", "in", "out")
 
 
 @dataclass(frozen=True)
+class Site:
+    """All that a wiring may know besides its branch."""
+
+    dim: int  # D, width of the stream
+    index: int = 0  # position of this connection in the stack, 0-based
+    count: int = 1  # K, connections in the stack
+    parts: int = 1  # connections per layer: 2 in a Transformer, 1 in a ResNet or MLP
+    norm: Callable[[int], nn.Module] = nn.LayerNorm  # width -> norm over the last axis
+    start: str = ""  # a named start that replaces the one the wiring asks for
+    device: torch.device | str | None = None  # where the wiring's own parameters are made
+    dtype: torch.dtype | None = None
+
+    @property
+    def layer(self) -> int:
+        """The layer that this connection lies in, 0-based."""
+        return self.index // self.parts
+
+    @property
+    def layers(self) -> int:
+        """The number of layers, L = K / parts."""
+        return self.count // self.parts
+
+    @property
+    def part(self) -> int:
+        """The place of this connection within its layer, 0-based."""
+        return self.index % self.parts
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the first connection of the stack."""
+        return self.index == 0
+
+    @property
+    def last(self) -> bool:
+        """Whether this is the last connection of the stack."""
+        return self.index == self.count - 1
+
+
+@dataclass(frozen=True)
 class Context:
     """What a forward pass hands, unchanged, to every branch. A feed-forward ignores it.
 
     `mask` is a boolean tensor broadcastable to `(B, heads, T, S)`, True where a query may look.
     `cache` maps an attention module to its past `(key, value)`, each `(B, heads, S, head_dim)`;
-    the attention module replaces its own entry.
+    the attention module replaces its own entry. `past` positions are in the cache already.
     """
 
     mask: Tensor | None = None
     cache: dict[nn.Module, tuple[Tensor, Tensor]] | None = None
+    past: int = 0
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One weight matrix of a branch, or some rows of a fused one, and its role."""
+
+    role: str  # one of ROLES; several matrices may share a role
+    parameter: Tensor  # the whole parameter, (out, in, ...)
+    rows: slice | None = None  # None: all of them
+
+    @property
+    def weight(self) -> Tensor:
+        """The rows as a view `(out, in, ...)`."""
+        return self.parameter if self.rows is None else self.parameter[self.rows]
 
 
 class Map(nn.Module):
@@ -52,9 +106,9 @@ class Branch(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Map `x (..., D)` to the update `(..., D)`."""
 
-    def matrices(self) -> dict[str, Tensor]:
-        """Return the weight matrices by role (`query key value in out`), views where fused."""
-        return {}
+    def matrices(self) -> Sequence[Matrix]:
+        """Return the weight matrices with their roles, so that a scheme's start finds them."""
+        return ()
 
     def reset_parameters(self) -> None:
         """Start what has no role (biases, inner norms). The matrices get the scheme's start."""
@@ -104,7 +158,7 @@ class DropPath(Branch):
         shape = (samples,) + (1,) * (out.dim() - 1)
         return out * (torch.rand(shape, device=out.device) < keep).to(out.dtype) / keep
 
-    def matrices(self) -> dict[str, Tensor]:
+    def matrices(self) -> Sequence[Matrix]:
         """Return the matrices of the branch inside."""
         return self.branch.matrices()
 
@@ -118,41 +172,41 @@ class DropPath(Branch):
 
 
 # -- named starts: how the matrices of a branch begin ------------------------------------------
-# Each takes (role, weight (out, in), number of connections K in the stack) and fills the weight.
+# Each takes the role, the weight (out, in, ...) and the site, and fills the weight.
 
 
-def _normal(_role: str, weight: Tensor, _count: int) -> None:
+def _normal(_role: str, weight: Tensor, _site: Site) -> None:
     """N(0, 0.02) for every matrix."""
     nn.init.normal_(weight, std=0.02)
 
 
-def _gpt2(role: str, weight: Tensor, count: int) -> None:
+def _gpt2(role: str, weight: Tensor, site: Site) -> None:
     """N(0, 0.02), and 0.02 / sqrt(K) for `out` (GPT-2 report, section 2.3: K = 2 layers)."""
-    nn.init.normal_(weight, std=0.02 / math.sqrt(count) if role == "out" else 0.02)
+    nn.init.normal_(weight, std=0.02 / math.sqrt(site.count) if role == "out" else 0.02)
 
 
-def _xavier(_role: str, weight: Tensor, _count: int) -> None:
+def _xavier(_role: str, weight: Tensor, _site: Site) -> None:
     """Xavier normal, gain 1 (Glorot and Bengio 2010)."""
     nn.init.xavier_normal_(weight)
 
 
-def _fairseq(role: str, weight: Tensor, _count: int) -> None:
+def _fairseq(role: str, weight: Tensor, _site: Site) -> None:
     """Xavier normal, gain 1/sqrt(2) for query, key and value (fairseq; `nn.MultiheadAttention`)."""
     nn.init.xavier_normal_(weight, 0.5**0.5 if role in ("query", "key", "value") else 1.0)
 
 
-def _he(_role: str, weight: Tensor, _count: int) -> None:
+def _he(_role: str, weight: Tensor, _site: Site) -> None:
     """N(0, 2 / fan_in) (He et al. 2015, arXiv:1502.01852)."""
     nn.init.kaiming_normal_(weight, nonlinearity="relu")
 
 
-def _torch(_role: str, weight: Tensor, _count: int) -> None:
+def _torch(_role: str, weight: Tensor, _site: Site) -> None:
     """U(-1, 1) / sqrt(fan_in), as `nn.Linear` starts, which also starts its biases so."""
-    bound = 1 / math.sqrt(weight.shape[1])
+    bound = 1 / math.sqrt(math.prod(weight.shape[1:]))
     nn.init.uniform_(weight, -bound, bound)
 
 
-STARTS: Mapping[str, Callable[[str, Tensor, int], None]] = {
+STARTS: Mapping[str, Callable[[str, Tensor, Site], None]] = {
     "normal": _normal,
     "gpt2": _gpt2,
     "xavier": _xavier,
@@ -163,31 +217,31 @@ STARTS: Mapping[str, Callable[[str, Tensor, int], None]] = {
 
 
 @torch.no_grad()
-def start(branch: Branch, name: str, count: int, gains: Mapping[str, float]) -> None:
+def start(branch: Branch, name: str, site: Site, gains: Mapping[str, float]) -> None:
     """Fill the matrices of `branch` by the named start and multiply by their gain; biases get 0.
 
-    `count` is K, the number of connections in the stack. A branch that names no matrices keeps its
-    own start. Raises `ValueError` when a gain is asked of such a branch, because the scheme would
-    silently not be applied.
+    A bias is that of a linear layer whose weight the branch names. A branch that names no matrices
+    keeps its own start. Raises `ValueError` when a gain is asked of such a branch, because the
+    scheme would silently not be applied, and for an unknown role.
     """
     matrices = branch.matrices()
     if gains and not matrices:
         module = branch.module if isinstance(branch, Wrapped) else branch
         raise ValueError(
             f"{type(module).__name__} names no matrices, but the wiring scales {', '.join(gains)}; "
-            "make it a Branch whose matrices() returns them by role"
+            "make it a Branch whose matrices() returns them with their roles"
         )
-    linears = [m for m in branch.modules() if isinstance(m, nn.Linear)] if matrices else []
-    own = {id(linear.weight) for linear in linears}
+    named = {id(matrix.parameter) for matrix in matrices}
+    linears = [m for m in branch.modules() if isinstance(m, nn.Linear) and id(m.weight) in named]
     for linear in linears:
         if name == "torch":
             linear.reset_parameters()  # weight, then bias, as the random stream of nn.Linear goes
         elif linear.bias is not None:
             nn.init.zeros_(linear.bias)
-    for role, weight in matrices.items():
-        if role not in ROLES:
-            raise ValueError(f"unknown role {role!r} of a matrix (known: {', '.join(ROLES)})")
-        whole = weight if weight._base is None else weight._base
-        if name != "torch" or id(whole) not in own:
-            STARTS[name](role, weight, count)
-        weight.mul_(gains.get(role, 1.0))
+    done = {id(linear.weight) for linear in linears} if name == "torch" else set()
+    for matrix in matrices:
+        if matrix.role not in ROLES:
+            raise ValueError(f"unknown role {matrix.role!r} (known: {', '.join(ROLES)})")
+        if id(matrix.parameter) not in done:
+            STARTS[name](matrix.role, matrix.weight, site)
+        matrix.weight.mul_(gains.get(matrix.role, 1.0))

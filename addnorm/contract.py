@@ -3,7 +3,8 @@
 A *wiring* owns one branch and maps stream to stream: how the branch reads from the stream and how
 its output joins it. A *stack* is branches in a row along one stream under one wiring.
 
-Shapes: x `(..., D)`; a stream is a tensor `(..., D)`, or a tuple or list of such tensors.
+Shapes: x `(..., D)`; a stream is a tensor `(..., D)`, or a tuple of such tensors. A stream is never
+changed in place: a connection returns a new one. `close` accepts the stream after any connection.
 """
 
 from __future__ import annotations
@@ -16,50 +17,15 @@ import typing
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from addnorm import branches
-from addnorm.branches import STARTS, Branch, Context, DropPath, Map, Wrapped
+from addnorm.branches import STARTS, Branch, Context, DropPath, Map, Site, Wrapped
 
-Stream = Any  # a tensor (..., D), or a tuple or list of them: one stream, several, or history
-
-
-@dataclass(frozen=True)
-class Site:
-    """All that a wiring may know besides its branch."""
-
-    dim: int  # D, width of the stream
-    index: int = 0  # position of this connection in the stack, 0-based
-    count: int = 1  # K, connections in the stack
-    parts: int = 1  # connections per layer: 2 in a Transformer, 1 in a ResNet or MLP
-    norm: Callable[[int], nn.Module] = nn.LayerNorm  # width -> norm over the last axis
-    start: str = ""  # a named start that replaces the one the wiring asks for
-    device: torch.device | str | None = None  # where the wiring's own parameters are made
-    dtype: torch.dtype | None = None
-
-    @property
-    def layer(self) -> int:
-        """The layer that this connection lies in, 0-based."""
-        return self.index // self.parts
-
-    @property
-    def layers(self) -> int:
-        """The number of layers, L = K / parts."""
-        return self.count // self.parts
-
-    @property
-    def first(self) -> bool:
-        """Whether this is the first connection of the stack."""
-        return self.index == 0
-
-    @property
-    def last(self) -> bool:
-        """Whether this is the last connection of the stack."""
-        return self.index == self.count - 1
+Stream = Any  # a tensor (..., D), or a tuple of them: one stream, several, or history
 
 
 @dataclass(frozen=True)
@@ -84,9 +50,6 @@ class Wiring(nn.Module):
     at_start: ClassVar[str]  # the equation with the start values put in
     final_norm: ClassVar[bool] = False  # whether the model must normalise what `close` returns
     start: ClassVar[str] = "gpt2"  # the start that its branch asks for, a name in STARTS
-    groups: ClassVar[Mapping[str, Group]] = MappingProxyType(
-        {}
-    )  # own parameter name -> optimiser treatment
     stream_law: ClassVar[Literal["constant", "sqrt", "geometric", "vanishing"]]  # RMS over depth
     gradient_law: ClassVar[Literal["constant", "sqrt", "geometric", "vanishing"]]  # on the way back
     expected: ClassVar[frozenset[str]] = frozenset()  # findings at the start at depth 24
@@ -96,9 +59,9 @@ class Wiring(nn.Module):
         super().__init_subclass__()
         if "name" in cls.__dict__:
             known = _CATALOGUE.get(cls.name)
-            # The same file imported under two names (a script and a plug-in) replaces itself.
-            if known is not None and known.__qualname__ != cls.__qualname__:
-                raise ValueError(f"two wirings are named {cls.name!r}: {known} and {cls}")
+            # A user may define a wiring of theirs again (a notebook, a plug-in), never one of ours.
+            if known is not None and known.__module__.startswith("addnorm."):
+                raise ValueError(f"the wiring {cls.name!r} exists already; choose another name")
             _CATALOGUE[cls.name] = cls
 
     def __init__(self, branch: Branch, site: Site) -> None:
@@ -112,7 +75,11 @@ class Wiring(nn.Module):
         return typing.cast(Map, norm)
 
     def new_parameter(self, *shape: int) -> nn.Parameter:
-        """Return an unfilled parameter; `reset_parameters` gives it its start."""
+        """Return an unfilled parameter; `reset_parameters` gives it its start.
+
+        A scalar is `(1,)`: a parameter without an axis cannot be sharded.
+        """
+        assert shape, "a scalar parameter has the shape (1,)"
         return nn.Parameter(torch.empty(shape, device=self.site.device, dtype=self.site.dtype))
 
     def open(self, x: Tensor) -> Stream:
@@ -128,13 +95,21 @@ class Wiring(nn.Module):
         assert isinstance(stream, Tensor)
         return stream
 
-    def gains(self) -> dict[str, float]:
+    @staticmethod
+    def check(options: Mapping[str, Any]) -> None:
+        """Raise `ValueError` for an option out of range; `options` are those that were set."""
+
+    def gains(self) -> Mapping[str, float]:
         """Return the factors by role that the scheme puts on its branch's start."""
+        return {}
+
+    def groups(self) -> Mapping[str, Group]:
+        """Return how the optimiser treats parameters below this wiring, by dotted name."""
         return {}
 
     def reset_parameters(self) -> None:
         """Start the branch's matrices and the norms; a subclass adds its own parameters."""
-        branches.start(self.branch, self.site.start or self.start, self.site.count, self.gains())
+        branches.start(self.branch, self.site.start or self.start, self.site, self.gains())
         for child in self.children():
             if child is not self.branch:
                 typing.cast(Any, child).reset_parameters()
@@ -194,6 +169,7 @@ class Stack(nn.Module):
         made = []
         for index, module in enumerate(branches):
             branch = module if isinstance(module, Branch) else Wrapped(module)
+            branch = branch.to(device=device, dtype=dtype)
             if drop_path:
                 branch = DropPath(branch, drop_path * index / max(count - 1, 1))
             site = Site(dim, index, count, parts, norm, start, device, dtype)
@@ -203,7 +179,7 @@ class Stack(nn.Module):
     @property
     def final_norm(self) -> bool:
         """Whether what the stack returns must still be normalised before a head reads it."""
-        return self.spec.wiring.final_norm
+        return list(self)[-1].final_norm
 
     def __iter__(self) -> Iterator[Wiring]:
         return (typing.cast(Wiring, connection) for connection in self.connections)
@@ -216,7 +192,7 @@ class Stack(nn.Module):
         connections = list(self)
         context = context or Context()
         stream = connections[0].open(x)
-        stream = self.spec.wiring.run(connections, stream, context)
+        stream = type(connections[0]).run(connections, stream, context)
         return connections[-1].close(stream)
 
     def reset_parameters(self) -> None:
@@ -230,15 +206,18 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """Split the parameters of any module into optimiser groups `{params, weight_decay, lr_scale}`.
 
     Matrices (two axes or more) decay, vectors and scalars do not; a wiring's own parameters follow
-    the facts on its class (`groups`). Shared parameters are listed once, frozen ones are left out.
+    its `groups`. Shared parameters are listed once, frozen ones are left out.
     """
-    own = {
-        id(parameter): module.groups[name]
-        for module in model.modules()
-        if isinstance(module, Wiring)
-        for name, parameter in module.named_parameters(recurse=False)
-        if name in module.groups
-    }
+    own: dict[int, Group] = {}
+    for module in model.modules():
+        if isinstance(module, Wiring):
+            parameters = dict(module.named_parameters())
+            for name, group in module.groups().items():
+                if name not in parameters:
+                    raise ValueError(
+                        unknown(f"parameter in groups() of {module.name}", name, parameters)
+                    )
+                own[id(parameters[name])] = group
     split: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -299,6 +278,7 @@ class Spec:
 
     def build(self, branch: Branch, site: Site) -> Wiring:
         """Return the wiring around `branch` at `site`."""
+        self.wiring.check(self.options)
         return self.wiring(branch, site, **self.options)
 
     def __str__(self) -> str:
@@ -349,22 +329,11 @@ def parse_spec(text: str) -> Spec:
             raise ValueError(f"the wiring {text!r} sets {key} twice")
         options[key] = _value(text, key, value, hints[key])
     spec = Spec(name, {k: v for k, v in options.items() if v != declared[k].default})
-    # Options are checked where they are declared: build once on a width of 1, without memory.
-    with torch.device("meta"):
-        spec.build(_Probe(), Site(dim=1, start="torch"))
+    known[name].check(spec.options)
     return spec
 
 
-class _Probe(Branch):
-    """Stands in for a branch while a spec is checked."""
-
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        """Return `x`."""
-        return x
-
-    def matrices(self) -> dict[str, Tensor]:
-        """Name every role, so that any scheme finds its matrices."""
-        return {role: torch.empty(1, 1, device="meta") for role in branches.ROLES}
+_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
 
 
 def _value(text: str, key: str, value: str, kind: Any) -> Any:
@@ -383,7 +352,7 @@ def _value(text: str, key: str, value: str, kind: Any) -> Any:
     if kind is float and type(read) is int and abs(read) < 2**53:
         return float(read)
     if type(read) is not kind:
-        raise ValueError(f"{key}={value} in the wiring {text!r} must be of type {kind.__name__}")
+        raise ValueError(f"{key}={value} in the wiring {text!r} must be {_TYPES.get(kind, kind)}")
     return read
 
 

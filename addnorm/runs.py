@@ -312,7 +312,7 @@ def generate(
             cache = Context(cache={})
             logits = model(ids, cache)
         else:
-            logits = model(ids[:, -1:], cache, past=ids.shape[1] - 1)
+            logits = model(ids[:, -1:], replace(cache, past=ids.shape[1] - 1))
         choice = draw(logits[0, -1].float(), temperature, top_k, generator)
         ids = torch.cat((ids, torch.tensor([[choice]])), dim=1)
         yield choice

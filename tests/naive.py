@@ -26,9 +26,9 @@ def layernorm(x, gain=1.0, shift=0.0):
 
 
 def rmsnorm(x, gain=1.0):
-    """Return x / sqrt(mean square + eps) gain; eps is the dtype's, as in `nn.RMSNorm`."""
+    """Return x / sqrt(mean square + eps) gain; eps is 1e-6."""
     mean_square = sum(value**2 for value in x) / len(x)
-    return x / (mean_square + torch.finfo(x.dtype).eps) ** 0.5 * gain
+    return x / (mean_square + 1e-6) ** 0.5 * gain
 
 
 def gelu(x):

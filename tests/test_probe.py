@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from addnorm import GPT, MLP, GPTConfig, MLPConfig, Trace, xray
+from addnorm import GPT, MLP, GPTConfig, MLPConfig, Stack, Trace, Wiring, contract, xray
 from addnorm.files import finite
 from addnorm.probe.trace import Connection
 from addnorm.probe.vitals import _similarity
@@ -311,3 +311,110 @@ def test_a_trace_survives_its_file(tmp_path):
     (tmp_path / "u.json").write_text('{"connections": [], "schema": 99}')
     with pytest.raises(ValueError, match="trace of schema 99; this version reads 1"):
         Trace.load(tmp_path / "u.json")
+
+
+# -- cases that a first X-ray got wrong --------------------------------------------------------
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, checkpointed):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3))
+        self.checkpointed = checkpointed
+
+    def forward(self, x):
+        from torch.utils.checkpoint import checkpoint
+
+        for block in self.blocks:
+            x = x + (checkpoint(block, x, use_reentrant=False) if self.checkpointed else block(x))
+        return x
+
+
+def test_activation_checkpointing_changes_nothing():
+    x = torch.randn(2, 4, requires_grad=True)
+    plain, checked = (xray(Checkpointed(on), x) for on in (False, True))
+    assert finite(plain.to_dict()) == finite(checked.to_dict())
+    assert not x._backward_hooks
+    assert x.grad is None
+
+
+def stack_of(joined):
+    """A stack of three connections whose forward is `joined(x, branch)`."""
+
+    class Odd(Wiring):
+        def __init__(self, branch, site):
+            super().__init__(branch, site)
+            self.reset_parameters()
+
+        def forward(self, stream, context):
+            return joined(stream, lambda x: self.branch(x, context))
+
+    Odd.name = "odd"
+    contract._CATALOGUE["odd"] = Odd
+    torch.manual_seed(0)
+    return Stack([nn.Linear(4, 4) for _ in range(3)], "odd", dim=4)
+
+
+def in_place(x, branch):
+    update = branch(x)
+    update += x
+    return update
+
+
+@pytest.mark.parametrize(
+    ("joined", "update"),
+    [
+        (lambda x, f: x + f(x), lambda x, f: f(x)),
+        (lambda x, f: f(x) + x, lambda x, f: f(x)),
+        (in_place, lambda x, f: f(x)),
+        (lambda x, f: torch.add(x, f(x), alpha=0.1), lambda x, f: 0.1 * f(x)),
+        (lambda x, f: x + 0.5 * f(x) * 3, lambda x, f: 1.5 * f(x)),
+        (lambda x, f: x + torch.cat([f(x)[:, :2], f(x)[:, 2:]], 1), lambda x, f: f(x)),
+    ],
+    ids=["skip first", "branch first", "in place", "alpha", "scaled", "through a list"],
+)
+def test_the_addition_is_seen_however_it_is_spelled(joined, update):
+    model, x = stack_of(joined), torch.randn(5, 4)
+    share = xray(model, x).connections[0].branch_share
+    assert share == pytest.approx(
+        rms(update(x, model.connections[0].branch.module)) / rms(x), rel=1e-5
+    )
+
+
+def test_the_gradient_of_a_carried_tensor_is_that_at_this_depth():
+    """A stream of two tensors whose first is only carried: earlier readers do not count here."""
+
+    class Carry(Wiring):
+        name = "carry-test"
+
+        def __init__(self, branch, site):
+            super().__init__(branch, site)
+            self.reset_parameters()
+
+        def open(self, x):
+            return (x, x)
+
+        def forward(self, stream, context):
+            first, x = stream
+            return (first, x + self.branch(x, context) + 0.5 * first)
+
+        def close(self, stream):
+            return stream[1]
+
+    torch.manual_seed(0)
+    model, x = Stack([nn.Linear(4, 4) for _ in range(3)], "carry-test", dim=4), torch.randn(6, 4)
+    trace = xray(model, x, loss=lambda out, _: out.square().sum())
+    found = [c.gradient_before for c in trace.connections]
+    wanted = []
+    for cut in range(3):
+        stream = (x, x)
+        for connection in list(model)[:cut]:
+            stream = connection(stream, None_context())
+        leaves = [t.detach().requires_grad_() for t in stream]
+        stream = tuple(leaves)
+        for connection in list(model)[cut:]:
+            stream = connection(stream, None_context())
+        gradients = torch.autograd.grad(stream[1].square().sum(), leaves)
+        wanted.append(torch.cat(gradients).square().mean().sqrt().item())
+    assert found == pytest.approx(wanted, rel=1e-5)

@@ -156,26 +156,26 @@ def test_joined_list_splits_back(specs):
         ),
         (
             "layerscale(init=small)",
-            "init=small in the wiring 'layerscale(init=small)' must be of type float",
+            "init=small in the wiring 'layerscale(init=small)' must be a number",
         ),
         (
             "layerscale(init=true)",
-            "init=true in the wiring 'layerscale(init=true)' must be of type float",
+            "init=true in the wiring 'layerscale(init=true)' must be a number",
         ),
         (
             "layerscale(init=nan)",
-            "init=nan in the wiring 'layerscale(init=nan)' must be of type float",
+            "init=nan in the wiring 'layerscale(init=nan)' must be a number",
         ),
         (
             "layerscale(init=1e999)",
-            "init=inf of layerscale must be finite; the paper uses 1e-6 to 1e-4",
+            "init=inf of layerscale must be finite; papers use 1e-6 to 1e-4",
         ),
-        ("plain(norm=1)", "norm=1 in the wiring 'plain(norm=1)' must be of type bool"),
-        ("plain:norm=yes", "norm=yes in the wiring 'plain:norm=yes' must be of type bool"),
+        ("plain(norm=1)", "norm=1 in the wiring 'plain(norm=1)' must be true or false"),
+        ("plain:norm=yes", "norm=yes in the wiring 'plain:norm=yes' must be true or false"),
         (
             "plain(norm=__import__('os'))",
             "norm=__import__('os') in the wiring \"plain(norm=__import__('os'))\" "
-            "must be of type bool",
+            "must be true or false",
         ),
     ],
 )

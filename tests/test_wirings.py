@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from addnorm.branches import STARTS, Context, DropPath
-from addnorm.contract import Site, Stack, Wiring, catalogue, parse_spec
+from addnorm.branches import STARTS, Context, DropPath, Site
+from addnorm.contract import Group, Stack, Wiring, catalogue, parameter_groups, parse_spec
+from addnorm.models import layers
 from addnorm.models.layers import Attention, FeedForward
 
 DIM, HIDDEN = 5, 6
@@ -36,7 +37,10 @@ ROWS = [
     ("layerscale(init=0.5)", lambda x, F, N: x + 0.5 * F(N(x)), naive.layerscale),
 ]
 SPECS = [row[0] for row in ROWS]
-NORMS = {"layernorm": (nn.LayerNorm, naive.layernorm), "rmsnorm": (nn.RMSNorm, naive.rmsnorm)}
+NORMS = {
+    "layernorm": (nn.LayerNorm, naive.layernorm),
+    "rmsnorm": (layers.NORMS["rmsnorm"], naive.rmsnorm),
+}
 # A user's own wirings and those of other tests may lie in the catalogue too.
 OURS = {n: c for n, c in catalogue().items() if c.__module__.startswith("addnorm.")}
 
@@ -300,7 +304,7 @@ def test_class_states_its_facts(name):
 def test_groups_name_parameters(spec):
     """Optimiser groups name parameters of the wiring itself, and all of them but the norms'."""
     wiring = middle(spec)
-    assert set(wiring.groups) == {name for name, _ in wiring.named_parameters(recurse=False)}
+    assert set(wiring.groups()) == {name for name, _ in wiring.named_parameters(recurse=False)}
 
 
 @each_wiring
@@ -320,19 +324,18 @@ def test_wirings_are_final():
 
 def test_a_name_belongs_to_one_wiring():
     """A second wiring of the same name is refused."""
-    with pytest.raises(ValueError, match="two wirings are named 'prenorm'"):
+    with pytest.raises(ValueError, match="the wiring 'prenorm' exists already"):
         type("Another", (Wiring,), {"name": "prenorm"})
 
 
 @each_spec
 def test_wiring_makes_its_parameters_where_asked(spec):
-    """The parameters that a wiring adds have the dtype and the device that were asked for."""
+    """All parameters of a stack have the dtype and the device that were asked for."""
     options = {"dim": DIM, "dtype": torch.bfloat16, "device": "meta"}
     for connection in Stack([FeedForward(DIM)], spec, **options):
         for name, parameter in connection.named_parameters():
-            inside = name.startswith("branch.")
-            assert parameter.dtype == (torch.float32 if inside else torch.bfloat16), name
-            assert parameter.is_meta == (not inside), name
+            assert parameter.dtype == torch.bfloat16, name
+            assert parameter.is_meta, name
 
 
 @pytest.mark.parametrize(
@@ -466,3 +469,44 @@ def test_drop_path_rises_linearly():
     """The rate rises linearly from 0 at the first connection to `drop_path` at the last."""
     rates = [connection.branch.rate for connection in stack("prenorm", 5, drop_path=0.4)]
     assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+
+
+def test_an_unknown_name_in_groups_is_refused():
+    """A typo in the parameter groups of a scheme is no silent loss of its learning rate."""
+
+    class Typo(Wiring):
+        def groups(self):
+            return {"alhpa": Group()}
+
+        def forward(self, stream, context):
+            return stream
+
+    Typo.name = "typo"
+    with pytest.raises(ValueError, match="unknown parameter in groups\\(\\) of typo 'alhpa'"):
+        parameter_groups(Typo(FeedForward(DIM), Site(DIM)), 0.1)
+
+
+def test_groups_reach_into_submodules_and_the_branch():
+    """A scheme may set the rate of its branch's matrices, as CompleteP does."""
+
+    class Slow(Wiring):
+        name = "slow-test"
+
+        def __init__(self, branch, site):
+            super().__init__(branch, site)
+            self.norm = self.new_norm()
+
+        def groups(self):
+            return {
+                "branch.out.weight": Group(lr=0.5, weight_decay=2.0),
+                "norm.bias": Group(lr=3.0),
+            }
+
+        def forward(self, stream, context):
+            return stream
+
+    wiring = Slow(FeedForward(DIM), Site(DIM))
+    found = {id(p): g for g in parameter_groups(wiring, 0.1) for p in g["params"]}
+    out, bias = found[id(wiring.branch.out.weight)], found[id(wiring.norm.bias)]
+    assert (out["lr_scale"], out["weight_decay"]) == (0.5, 0.2)
+    assert (bias["lr_scale"], bias["weight_decay"]) == (3.0, 0.0)

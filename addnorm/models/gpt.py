@@ -86,12 +86,12 @@ class GPT(nn.Module):
         self.head = nn.Linear(D, config.vocab_size, bias=False)
         self.reset_parameters()
 
-    def forward(self, tokens: Tensor, context: Context | None = None, past: int = 0) -> Tensor:
-        """Return logits `(B, T, V)` for `tokens (B, T)`; `past` positions are in the cache.
+    def forward(self, tokens: Tensor, context: Context | None = None) -> Tensor:
+        """Return logits `(B, T, V)` for `tokens (B, T)`, after `context.past` cached positions.
 
         Raises `ValueError` for more positions than the model was built with.
         """
-        T = tokens.shape[1]
+        T, past = tokens.shape[1], context.past if context else 0
         if past + T > self.config.context:
             raise ValueError(
                 f"{past + T} positions, but the model was built for {self.config.context}"

@@ -6,18 +6,21 @@ Shapes: B batch, T query positions, S key positions, H heads, E = D / H width of
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from addnorm.branches import Branch, Context
+from addnorm.branches import Branch, Context, Matrix
 
 AttentionPath = Literal["sdpa", "matmul"]
 ATTENTION_PATHS: tuple[AttentionPath, ...] = ("sdpa", "matmul")
-NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
+NORMS: dict[str, Callable[[int], nn.LayerNorm | nn.RMSNorm]] = {
+    "layernorm": nn.LayerNorm,  # eps 1e-5
+    "rmsnorm": functools.partial(nn.RMSNorm, eps=1e-6),  # torch's own default is the dtype's eps
+}
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
     "gelu-tanh": functools.partial(nn.GELU, approximate="tanh"),
@@ -42,8 +45,6 @@ class Attention(Branch):
     `scaled_dot_product_attention`, `matmul` writes the products out, which is faster for short
     contexts on a CPU (`benchmarks/attention.py`). Raises `ValueError` when heads do not divide dim.
     """
-
-    causal: Tensor
 
     def __init__(
         self,
@@ -92,10 +93,12 @@ class Attention(Branch):
             weights = weights.masked_fill(~look.any(dim=-1, keepdim=True), 0.0)
         return weights @ v
 
-    def matrices(self) -> dict[str, Tensor]:
-        """Return query, key, value (views of the fused weight) and out, each `(D, D)`."""
-        query, key, value = self.qkv.weight.chunk(3)
-        return {"query": query, "key": key, "value": value, "out": self.out.weight}
+    def matrices(self) -> Sequence[Matrix]:
+        """Return query, key, value (rows of the fused weight) and out, each `(D, D)`."""
+        D, fused = self.out.in_features, self.qkv.weight
+        roles = ("query", "key", "value")
+        parts = [Matrix(role, fused, slice(i * D, (i + 1) * D)) for i, role in enumerate(roles)]
+        return [*parts, Matrix("out", self.out.weight)]
 
 
 class FeedForward(Branch):
@@ -124,6 +127,6 @@ class FeedForward(Branch):
         out: Tensor = self.dropout(self.out(self.activation(self.lift(x))))
         return out
 
-    def matrices(self) -> dict[str, Tensor]:
+    def matrices(self) -> Sequence[Matrix]:
         """Return in `(hidden, D)` and out `(D, hidden)`."""
-        return {"in": self.lift.weight, "out": self.out.weight}
+        return [Matrix("in", self.lift.weight), Matrix("out", self.out.weight)]

@@ -5,11 +5,12 @@ Shapes: x `(..., in_dim)`, stream `(..., D)`, output `(..., out_dim)`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from addnorm.branches import Branch, Context
+from addnorm.branches import Branch, Context, Matrix
 from addnorm.contract import Stack, parameter_groups, unknown
 from addnorm.models.layers import ACTIVATIONS, NORMS
 
@@ -60,9 +61,9 @@ class Dense(Branch):
         out: Tensor = self.activation(self.linear(x))
         return out
 
-    def matrices(self) -> dict[str, Tensor]:
+    def matrices(self) -> Sequence[Matrix]:
         """Return the one matrix, as out."""
-        return {"out": self.linear.weight}
+        return [Matrix("out", self.linear.weight)]
 
 
 class MLP(nn.Module):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from addnorm.contract import Stack, Wiring
@@ -81,6 +82,9 @@ def _pattern(group: dict[str, nn.Module] | None) -> str:
     return next(iter(group)).rpartition(".")[0] + ".*" if group else ""
 
 
+ADDITIONS = (torch.ops.aten.add, torch.ops.aten.add_)
+
+
 class Additions(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Watches one wiring at a time for the addition that joins its branch to the stream.
 
@@ -113,22 +117,26 @@ class Additions(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run the operation and note whether it is the addition."""
-        out = func(*args, **(kwargs or {}))
         if not self._descendants:
-            return out
-        follows = [isinstance(a, Tensor) and id(a) in self._descendants for a in args]
-        if any(follows):
-            if self._joined is None and func.overloadpacket is torch.ops.aten.add:
-                self._note(args, follows)
-            for tensor in out if isinstance(out, tuple | list) else (out,):
+            return func(*args, **(kwargs or {}))
+        in_place = func.overloadpacket is torch.ops.aten.add_
+        before = args[0].detach().clone() if in_place else None
+        out = func(*args, **(kwargs or {}))
+        tensors = [a for a in pytree.tree_leaves(args) if isinstance(a, Tensor)]
+        if any(id(t) in self._descendants for t in tensors):
+            if self._joined is None and func.overloadpacket in ADDITIONS and len(tensors) == 2:
+                self._joined = self._operands(tensors, (kwargs or {}).get("alpha", 1), before)
+            for tensor in pytree.tree_leaves(out):
                 if isinstance(tensor, Tensor):
                     self._descendants[id(tensor)] = tensor
         return out
 
-    def _note(self, args: tuple[Any, ...], follows: list[bool]) -> None:
-        a, b = args[:2]
-        if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape:
-            if follows[1] and not follows[0]:
-                self._joined = (a.detach(), b.detach())
-            elif follows[0] and not follows[1]:
-                self._joined = (b.detach(), a.detach())
+    def _operands(
+        self, pair: list[Tensor], alpha: float, before: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return `(skip, update)`, or None where both or neither descend from the branch."""
+        follows = [id(t) in self._descendants for t in pair]
+        a, b = pair[0].detach() if before is None else before, pair[1].detach() * alpha
+        if a.shape != b.shape or follows[0] == follows[1]:
+            return None
+        return (a, b) if follows[1] else (b, a)

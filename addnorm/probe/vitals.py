@@ -32,8 +32,8 @@ class _Reading:
     share: float = math.nan
     similarity: float = math.nan
     non_finite: int = 0
-    gradient_before: list[tuple[float, int]] = field(default_factory=list)
-    gradient_after: list[tuple[float, int]] = field(default_factory=list)
+    gradient_before: list[float] = field(default_factory=list)  # sums of squares
+    gradient_after: list[float] = field(default_factory=list)
     gradient_non_finite: int = 0
 
 
@@ -58,10 +58,12 @@ def xray(
     model = getattr(model, "_orig_mod", model)  # a compiled module would not fire the hooks
     found = find_connections(model, blocks)
     readings: list[_Reading] = []
-    with _untouched(model), torch.enable_grad(), _hooked(found, readings):
+    leaves: list[Tensor] = []
+    with _untouched(model), torch.enable_grad(), _hooked(found, readings, leaves) as close_ears:
         output = _call(model, inputs)
+        close_ears()  # activation checkpointing calls the blocks again on the way back
         value, kind = _loss(output, targets, loss)
-        _backward(value, model, inputs)
+        _backward(value, model, leaves)
     if not readings:
         raise ValueError(f"none of the {found.how} was called in the forward pass")
     connections = tuple(_connection(r) for r in readings)
@@ -100,12 +102,11 @@ def _loss(output: Any, targets: Any, loss: Loss | None) -> tuple[Tensor, str]:
     return (tensor.float() * direction).sum() / math.sqrt(tensor.numel()), "random direction"
 
 
-def _backward(value: Tensor, model: nn.Module, inputs: Any) -> None:
+def _backward(value: Tensor, model: nn.Module, leaves: list[Tensor]) -> None:
     """Run the backward pass without touching any `.grad`; the hooks on the streams note it."""
-    leaves: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
-    leaves += [t for t in _tensors(inputs) if t.requires_grad]
-    if value.requires_grad and leaves:
-        torch.autograd.grad(value, leaves, allow_unused=True)
+    ends = leaves + [p for p in model.parameters() if p.requires_grad]
+    if value.requires_grad and ends:
+        torch.autograd.grad(value, ends, allow_unused=True)
 
 
 @contextlib.contextmanager
@@ -123,14 +124,32 @@ def _untouched(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _hooked(found: Found, readings: list[_Reading]) -> Iterator[None]:
-    """Watch the connections for one forward and backward pass, then take every hook off."""
+def _hooked(
+    found: Found, readings: list[_Reading], leaves: list[Tensor]
+) -> Iterator[Callable[[], None]]:
+    """Watch the connections for one forward pass and the gradients for one backward pass.
+
+    Yields the function that ends the forward watch. The hooks themselves stay until the end: a
+    checkpointed block that is called again must save the same tensors.
+    """
     additions = Additions()
     open_calls: list[_Reading] = []
     handles = []
+    listening = True
+    watching = contextlib.ExitStack()
+
+    def close_ears() -> None:
+        nonlocal listening
+        listening = False
+        watching.close()
 
     def entering(name: str) -> Callable[..., Any]:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def hook(
+            _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            args, kwargs = _alias(args, leaves), _alias(kwargs, leaves)
+            if not listening:
+                return args, kwargs
             calls = sum(r.name.split("#")[0] == name for r in readings)
             reading = _Reading(f"{name}#{calls + 1}" if calls else name)
             readings.append(reading)
@@ -138,16 +157,18 @@ def _hooked(found: Found, readings: list[_Reading]) -> Iterator[None]:
             stream = _stream(args, kwargs)
             reading.before = _squares(stream)
             _watch(stream, reading.gradient_before, reading)
+            return args, kwargs
 
         return hook
 
-    def leaving(
-        _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
-    ) -> None:
+    def leaving(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+        out = _alias(out, leaves)
+        if not listening:
+            return out
         reading = open_calls.pop()
         stream, entered = _tensors(out), _stream(args, kwargs)
         reading.after = _squares(stream)
-        reading.non_finite = sum(int((~torch.isfinite(t)).sum()) for t in stream)
+        reading.non_finite = sum(int((~torch.isfinite(t.detach())).sum()) for t in stream)
         reading.similarity = _similarity(stream[0]) if stream else math.nan
         joined = additions.take()
         if joined is not None:
@@ -155,9 +176,11 @@ def _hooked(found: Found, readings: list[_Reading]) -> Iterator[None]:
         elif not isinstance(_module, Wiring) and _alike(stream, entered):
             reading.share = _ratio(stream[0].detach() - entered[0].detach(), entered[0].detach())
         _watch(stream, reading.gradient_after, reading)
+        return out
 
     def branch_returned(_module: nn.Module, _args: Any, out: Any) -> None:
-        additions.branch_returned(out)
+        if listening:
+            additions.branch_returned(out)
 
     try:
         for name, module in found.modules.items():
@@ -165,23 +188,45 @@ def _hooked(found: Found, readings: list[_Reading]) -> Iterator[None]:
             handles.append(module.register_forward_hook(leaving, with_kwargs=True))
             if isinstance(module, Wiring):
                 handles.append(module.branch.register_forward_hook(branch_returned))
-        with additions:
-            yield
+        watching.enter_context(additions)
+        yield close_ears
     finally:
+        watching.close()
         for handle in handles:
             handle.remove()
 
 
-def _watch(stream: list[Tensor], into: list[tuple[float, int]], reading: _Reading) -> None:
+def _watch(stream: list[Tensor], into: list[float], reading: _Reading) -> None:
     """Note the gradient of every tensor of the stream when the backward pass reaches it."""
 
     def note(gradient: Tensor) -> None:
-        into.append(_squares([gradient]))
+        into.append(_squares([gradient])[0])
         reading.gradient_non_finite += int((~torch.isfinite(gradient)).sum())
 
     for tensor in stream:
         if tensor.requires_grad:
             tensor.register_hook(note)  # type: ignore[no-untyped-call]
+
+
+def _alias(value: Any, leaves: list[Tensor]) -> Any:
+    """Return the same values through an identity node of their own in the graph.
+
+    The gradient of an alias is that of the stream at this very point; that of the tensor itself
+    would add what every other reader of it sends back. What requires no gradient, such as the
+    input of the model, becomes a leaf that does, and is entered in `leaves`.
+    """
+    if isinstance(value, Tensor):
+        if not value.is_floating_point() or not torch.is_grad_enabled():
+            return value
+        if value.requires_grad:
+            return value.view_as(value)
+        leaves.append(value.detach().requires_grad_())
+        return leaves[-1]
+    if type(value) in (tuple, list):
+        return type(value)(_alias(item, leaves) for item in value)
+    if type(value) is dict:
+        return {key: _alias(item, leaves) for key, item in value.items()}
+    return value
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -214,9 +259,13 @@ def _squares(tensors: list[Tensor]) -> tuple[float, int]:
     return sum(n * n for n in norms), sum(t.numel() for t in tensors)
 
 
-def _rms(parts: list[tuple[float, int]]) -> float:
-    count = sum(n for _, n in parts)
-    return math.sqrt(sum(s for s, _ in parts) / count) if count else math.nan
+def _rms(squares: float, count: int) -> float:
+    return math.sqrt(squares / count) if count else math.nan
+
+
+def _gradient(squares: list[float], count: int) -> float:
+    """Return the RMS over the whole stream: a part that got no gradient counts as 0."""
+    return _rms(sum(squares), count) if squares else math.nan
 
 
 @torch.no_grad()
@@ -245,11 +294,11 @@ def _similarity(x: Tensor) -> float:
 def _connection(r: _Reading) -> Connection:
     return Connection(
         name=r.name,
-        stream_before=_rms([r.before]),
-        stream_after=_rms([r.after]),
+        stream_before=_rms(*r.before),
+        stream_after=_rms(*r.after),
         branch_share=r.share,
-        gradient_before=_rms(r.gradient_before),
-        gradient_after=_rms(r.gradient_after),
+        gradient_before=_gradient(r.gradient_before, r.before[1]),
+        gradient_after=_gradient(r.gradient_after, r.after[1]),
         token_similarity=r.similarity,
         non_finite=r.non_finite + r.gradient_non_finite,
     )

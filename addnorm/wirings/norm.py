@@ -6,10 +6,12 @@ Letters: x the stream `(..., D)`, F the branch without its norm, N a norm over t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
-from addnorm.branches import Branch, Context
-from addnorm.contract import Site, Wiring
+from addnorm.branches import Branch, Context, Site
+from addnorm.contract import Wiring
 
 
 class Plain(Wiring):
@@ -177,6 +179,6 @@ class DeepNorm(Wiring):
         """Return N(alpha x + F(x))."""
         return self.norm(self.alpha * stream + self.branch(stream, context))
 
-    def gains(self) -> dict[str, float]:
+    def gains(self) -> Mapping[str, float]:
         """Put beta on value, in and out; query and key keep gain 1."""
         return {"value": self.beta, "in": self.beta, "out": self.beta}

@@ -6,12 +6,13 @@ Letters: x the stream `(..., D)`, F the branch without its norm, N a norm over t
 from __future__ import annotations
 
 import math
-from types import MappingProxyType
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
-from addnorm.branches import Branch, Context
-from addnorm.contract import Group, Site, Wiring
+from addnorm.branches import Branch, Context, Site
+from addnorm.contract import Group, Wiring
 
 
 class ReZero(Wiring):
@@ -27,18 +28,21 @@ class ReZero(Wiring):
     year = 2020
     at_start = "x"
     start = "fairseq"
-    groups = MappingProxyType({"alpha": Group(weight_decay=0.0)})
     stream_law = "constant"
     gradient_law = "constant"
 
     def __init__(self, branch: Branch, site: Site) -> None:
         super().__init__(branch, site)
-        self.alpha = self.new_parameter()
+        self.alpha = self.new_parameter(1)
         self.reset_parameters()
 
     def forward(self, stream: Tensor, context: Context) -> Tensor:
         """Return x + alpha F(x)."""
         return stream + self.alpha * self.branch(stream, context)
+
+    def groups(self) -> Mapping[str, Group]:
+        """Alpha does not decay."""
+        return {"alpha": Group(weight_decay=0.0)}
 
     def reset_parameters(self) -> None:
         """Start alpha at 0."""
@@ -60,24 +64,30 @@ class LayerScale(Wiring):
     at_start = "x + init F(N(x))"
     final_norm = True
     start = "normal"
-    groups = MappingProxyType({"gamma": Group(weight_decay=0.0)})
     stream_law = "constant"
     gradient_law = "constant"
 
     def __init__(self, branch: Branch, site: Site, *, init: float = 1e-4) -> None:
         super().__init__(branch, site)
-        if not math.isfinite(init):
-            raise ValueError(
-                f"init={init} of layerscale must be finite; the paper uses 1e-6 to 1e-4"
-            )
         self.init = init
         self.norm = self.new_norm()
         self.gamma = self.new_parameter(site.dim)
         self.reset_parameters()
 
+    @staticmethod
+    def check(options: Mapping[str, Any]) -> None:
+        """Refuse a start that is not finite."""
+        init = options.get("init", 0.0)
+        if not math.isfinite(init):
+            raise ValueError(f"init={init} of layerscale must be finite; papers use 1e-6 to 1e-4")
+
     def forward(self, stream: Tensor, context: Context) -> Tensor:
         """Return x + gamma * F(N(x))."""
         return stream + self.gamma * self.branch(self.norm(stream), context)
+
+    def groups(self) -> Mapping[str, Group]:
+        """Gamma does not decay."""
+        return {"gamma": Group(weight_decay=0.0)}
 
     def reset_parameters(self) -> None:
         """Start gamma at `init`."""
