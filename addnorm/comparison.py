@@ -10,10 +10,10 @@ from __future__ import annotations
 import datetime
 import functools
 import hashlib
+import inspect
 import itertools
 import json
 import math
-import os
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -141,12 +141,23 @@ class Cell:
     def key(self) -> str:
         """The name of the cell's file, a hash of what decides the outcome (not of how fast)."""
         facts = {
+            "addnorm": __version__,
+            "wiring": _source(self.model.wiring),
             "model": asdict(self.model),
             "training": asdict(self.training),
             "text": self.sha256,
             "precision": self.choice.precision,
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _source(spec: str) -> str:
+    """Return the code of a wiring: a cell trained by other code is another cell."""
+    wiring = parse_spec(spec).wiring
+    try:
+        return inspect.getsource(wiring)
+    except (OSError, TypeError):  # typed at a prompt
+        return wiring.__qualname__
 
 
 class CompareObserver:
@@ -203,11 +214,12 @@ def _compare(
         "schema": SCHEMA,
         "addnorm": __version__,
         "torch": torch.__version__,
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {device}",
+        "machine": f"{joblib.cpu_count()} cores, {platform.machine()}, {device}",
         "date": datetime.date.today().isoformat(),
         "settings": asdict(config),
         "choice": asdict(choice),
         "data": data.describe(),
+        "grid": [cell.key for cell in cells],
         "cells": [c for cell in cells if (c := _finished(folder, cell)) is not None],
     }
     if folder is not None:
@@ -215,7 +227,7 @@ def _compare(
     observer.begin(result, cells)
     done = {c["key"] for c in result["cells"]}
     waiting = sorted((c for c in cells if c.key not in done), key=lambda c: -c.model.depth)
-    jobs = config.jobs or (1 if device.type == "cuda" else os.cpu_count() or 1)
+    jobs = config.jobs or (1 if device.type == "cuda" else joblib.cpu_count())
     parallel = joblib.Parallel(n_jobs=min(jobs, len(waiting)) or 1, return_as="generator_unordered")
     run = joblib.delayed(_train_cell)
     for cell in parallel(run(c, str(device), folder, tuple(plugins)) for c in waiting):
@@ -323,13 +335,8 @@ def load_comparison(folder: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} has schema {result.get('schema')}; this version reads {SCHEMA}")
     if (path.parent / "cells").is_dir():
         # A comparison that was cut off has finished cells that its summary does not list yet.
-        known = {cell["key"] for cell in result["cells"]}
-        sizes = result["settings"]
-        for file in sorted((path.parent / "cells").glob("*.json")):
-            cell = read_json(file)
-            asked = cell["wiring"] in sizes["wirings"] and cell["depth"] in sizes["depths"]
-            if cell["key"] not in known and asked and cell["lr"] in sizes["rates"]:
-                result["cells"].append(cell)
+        files = [path.parent / "cells" / f"{key}.json" for key in result["grid"]]
+        result["cells"] = [read_json(file) for file in files if file.exists()]
     return result
 
 

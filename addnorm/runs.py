@@ -25,7 +25,7 @@ from addnorm.probe.trace import Trace
 from addnorm.probe.vitals import xray
 from addnorm.training.checkpoint import load_file, load_weights
 from addnorm.training.config import Runtime, TrainConfig
-from addnorm.training.loop import Observer, Run, cross_entropy, pick_device, to_device, train_loop
+from addnorm.training.loop import Observer, Run, pick_device, to_device, train_loop
 from addnorm.training.tune import Choice, choice_from
 
 
@@ -151,7 +151,7 @@ def load_run(folder: str | Path) -> Run:
     tensors, header = load_file(path)
     load_weights(model, tensors, path)
     choice = choice_from(facts["choice"])
-    choice.apply(model, lambda inputs, targets: cross_entropy(model(inputs), targets))
+    choice.choose(model)
     run = Run(model.eval(), data, TrainConfig(**facts["train"]), choice, folder)
     run.step = int(header.get("step", 0))
     run.status = read_json(folder / "summary.json")["status"]

@@ -175,3 +175,42 @@ def test_comparisons_are_joined_when_text_and_settings_agree(text, tmp_path):
     (Path(tmp_path) / "no.json").write_text("{}")
     with pytest.raises(ValueError, match="holds no comparison"):
         load_comparison(tmp_path / "no.json")
+
+
+WIRING = """
+from addnorm import Wiring
+
+class Scaled(Wiring):
+    name = "scaled-test"
+    equation = "x <- x + GAIN F(x)"
+    paper = "none"
+    year = 2026
+    at_start = "x + GAIN F(x)"
+    stream_law = gradient_law = "constant"
+
+    def __init__(self, branch, site):
+        super().__init__(branch, site)
+        self.reset_parameters()
+
+    def forward(self, stream, context):
+        return stream + GAIN * self.branch(stream, context)
+"""
+
+
+def test_a_cell_of_changed_code_is_trained_again(text, tmp_path):
+    """The second version of a plug-in, in a process of its own, finds no cell of the first."""
+    code = (
+        "import json, sys; from addnorm import CompareConfig, compare\n"
+        "from addnorm.plugins import load_plugins; load_plugins([sys.argv[3]])\n"
+        "r = compare(CompareConfig(wirings=('scaled-test',), depths=(1,), warmups=(0,), seeds=1,"
+        "dim=8, heads=2, context=8, batch=4, steps=4, jobs=1, data=sys.argv[1]), out=sys.argv[2],"
+        "plugins=[sys.argv[3]]); print(json.dumps([c['validation'] for c in r['cells']]))"
+    )
+    found = []
+    for gain in ("0.5", "-5.0"):
+        (tmp_path / "mine.py").write_text(WIRING.replace("GAIN", gain), encoding="utf-8")
+        argv = [sys.executable, "-c", code, text, tmp_path / "c", tmp_path / "mine.py"]
+        done = subprocess.run(argv, capture_output=True, text=True, check=True)
+        found.append(json.loads(done.stdout))
+    assert len(found[0]) == len(found[1]) == 1
+    assert found[0] != found[1]

@@ -163,7 +163,7 @@ def train_loop(
     the last checkpoint stays. Ctrl-C saves and raises `KeyboardInterrupt`.
     """
     observer = observer or Observer()
-    device = pick_device(runtime.device)
+    device, threads = pick_device(runtime.device), torch.get_num_threads()
     torch.manual_seed(config.seed)
     model.to(device).train()
     optimizer = make_optimizer(model, config)
@@ -187,11 +187,24 @@ def train_loop(
     if run.step == 0:
         _evaluate(run, observer)
         writer.checkpoint()
-    with _interrupt() as interrupted:
-        _steps(run, optimizer, loss, observer, writer, interrupted, device)
+    try:
+        with _interrupt() as interrupted:
+            _steps(run, optimizer, loss, observer, writer, interrupted, device)
+    finally:
+        torch.set_num_threads(threads)
     if run.status == "interrupted":
         raise KeyboardInterrupt
     return run
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """A step whose loss has not been read yet."""
+
+    loss: Tensor
+    norm: Tensor
+    rate: float
+    batch: tuple[Tensor, Tensor]
 
 
 def _steps(
@@ -203,11 +216,15 @@ def _steps(
     interrupted: Callable[[], bool],
     device: torch.device,
 ) -> None:
-    """Take the steps that are left, and leave `run.status` saying how they ended."""
-    config, model = run.config, run.model
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    log_every = 1 if device.type == "cpu" else 10  # a GPU is asked for its loss every tenth step
-    waiting: list[tuple[Tensor, Tensor, float]] = []  # loss, gradient norm, rate
+    """Take the steps that are left, and leave `run.status` saying how they ended.
+
+    A GPU is asked for its losses every tenth step and before every checkpoint; until then a
+    gradient that is not finite changes nothing, because the fused optimizer skips its step.
+    """
+    config = run.config
+    parameters = [p for p in run.model.parameters() if p.requires_grad]
+    log_every = 1 if device.type == "cpu" else 10
+    waiting: list[_Taken] = []
     began, spent, done = time.perf_counter(), run.seconds, run.step
     while run.step < config.steps:
         rate = config.lr * config.rate(run.step)
@@ -218,30 +235,27 @@ def _steps(
             loss = loss_of(*batch)
         loss.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(parameters, config.clip or math.inf)
-        waiting.append((loss.detach(), norm, rate))
-        if len(waiting) >= log_every or run.step + 1 == config.steps:
-            rows = torch.stack([torch.stack(pair[:2]) for pair in waiting]).tolist()
-            if not all(math.isfinite(value) for row in rows for value in row):
-                run.failed_batch = batch
-                run.status = "diverged"
-                run.seconds = spent + time.perf_counter() - began
-                writer.stop()
-                return
+        waiting.append(_Taken(loss.detach(), norm, rate, batch))
+        bad = ~torch.isfinite(norm + loss.detach())
+        setattr(optimizer, "found_inf", bad.float())  # noqa: B010  # what GradScaler sets
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         run.step += 1
         run.tokens += batch[1].numel()
-        if len(waiting) >= log_every or run.step == config.steps:
-            run.seconds = spent + time.perf_counter() - began
-            writer.log(rows, [rate for *_, rate in waiting])
-            waiting.clear()
-            per_step = (time.perf_counter() - began) / (run.step - done)
-            left = per_step * (config.steps - run.step)
-            observer.step(run.step, config.steps, rows[-1][0], batch[1].numel() / per_step, left)
         ended, stop = run.step == config.steps, interrupted()
-        if ended or stop or run.step % config.eval_every == 0:
+        pause = ended or stop or run.step % config.eval_every == 0
+        if not pause and len(waiting) < log_every:
+            continue
+        run.seconds = spent + time.perf_counter() - began
+        if not _read(run, waiting, writer):
+            writer.stop()
+            return
+        per_step = (time.perf_counter() - began) / (run.step - done)
+        left = per_step * (config.steps - run.step)
+        speed = batch[1].numel() / per_step
+        observer.step(run.step, config.steps, run.losses[-1], speed, left)
+        if pause:
             paused = time.perf_counter()
-            run.seconds = spent + paused - began
             if ended or not stop:
                 _evaluate(run, observer)
             run.status = "finished" if ended else "interrupted" if stop else "running"
@@ -249,6 +263,19 @@ def _steps(
             began += time.perf_counter() - paused
         if stop:
             return
+
+
+def _read(run: Run, waiting: list[_Taken], writer: _Writer) -> bool:
+    """Log the steps that wait; at the first that is not finite, mark the run as diverged there."""
+    rows = torch.stack([torch.stack((taken.loss, taken.norm)) for taken in waiting]).tolist()
+    first = run.step - len(waiting)
+    for step, ((loss, norm), taken) in enumerate(zip(rows, waiting, strict=True), first):
+        if not math.isfinite(loss + norm):
+            run.step, run.status, run.failed_batch = step, "diverged", taken.batch
+            break
+        writer.log(loss, norm, taken.rate)
+    waiting.clear()
+    return run.status != "diverged"
 
 
 def _evaluate(run: Run, observer: Observer) -> None:
@@ -265,14 +292,15 @@ class _Writer:
         self.state = TrainState(run.model, optimizer)
         self.pending: list[str] = []
         self.written = 0  # evaluations in the file
+        self.flushed = time.perf_counter()
 
-    def log(self, rows: list[list[float]], rates: list[float]) -> None:
-        """Remember the losses, gradient norms and rates of the last steps."""
-        first = len(self.run.losses) + 1
-        for step, ((loss, norm), rate) in enumerate(zip(rows, rates, strict=True), first):
-            self.run.losses.append(loss)
-            row = {"step": step, "loss": loss, "gradient_norm": norm, "lr": rate}
-            self.pending.append(json_line(row | {"seconds": round(self.run.seconds, 4)}))
+    def log(self, loss: float, norm: float, rate: float) -> None:
+        """Remember the loss, gradient norm and rate of the next step."""
+        self.run.losses.append(loss)
+        row = {"step": len(self.run.losses), "loss": loss, "gradient_norm": norm, "lr": rate}
+        self.pending.append(json_line(row | {"seconds": round(self.run.seconds, 4)}))
+        if time.perf_counter() - self.flushed > 1:  # someone may be reading along
+            self.flush()
 
     def flush(self) -> None:
         """Append what is pending to `metrics.jsonl`."""
@@ -284,6 +312,7 @@ class _Writer:
             with open(folder / "metrics.jsonl", "ab", buffering=0) as file:
                 file.write("".join(self.pending).encode())
         self.pending.clear()
+        self.flushed = time.perf_counter()
 
     def checkpoint(self) -> None:
         """Write metrics, weights and state; a kill at any moment leaves the older files whole."""
@@ -313,6 +342,7 @@ class _Writer:
         assert run.folder is not None
         facts = self.state.load(run.folder / "checkpoint.safetensors")
         run.step, run.seconds, run.tokens = facts["step"], facts["seconds"], facts["tokens"]
+        run.status = "finished" if run.step == run.config.steps else "running"
         kept = [r for r in read_lines(run.folder / "metrics.jsonl") if r["step"] <= run.step]
         write_text(run.folder / "metrics.jsonl", "".join(map(json_line, kept)))
         run.losses = [r["loss"] for r in kept if "loss" in r]

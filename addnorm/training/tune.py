@@ -50,10 +50,14 @@ class Choice:
         """Set threads and variants and return the loss function, compiled where chosen."""
         if self.threads:
             torch.set_num_threads(self.threads)
+        self.choose(model)
+        return torch.compile(loss_of, dynamic=False) if self.compiled else loss_of
+
+    def choose(self, model: nn.Module) -> None:
+        """Set the variants of a model that has some."""
         if isinstance(model, Tunable):
             for name, value in self.variants.items():
                 model.choose(name, value)
-        return torch.compile(loss_of, dynamic=False) if self.compiled else loss_of
 
     def __str__(self) -> str:
         words = [self.precision, "compiled" if self.compiled else "eager"]
@@ -185,7 +189,8 @@ class _Trial:
     def time(self, choice: Choice, loss_of: Loss) -> tuple[float, float]:
         """Return median seconds a step and the loss of the last step, and restore the model."""
         device = self.batch[0].device
-        before = {k: v.clone() for k, v in self.model.state_dict().items()}
+        kept = [*self.model.parameters(), *self.model.buffers()]  # non-persistent ones too
+        before = [tensor.detach().clone() for tensor in kept]
         cuda = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):
             optimizer = self.make_optimizer(self.model, self.config)
@@ -201,7 +206,9 @@ class _Trial:
                 if cuda:
                     torch.cuda.synchronize(device)
                 times.append(time.perf_counter() - began)
-        self.model.load_state_dict(before)
+        with torch.no_grad():
+            for tensor, value_before in zip(kept, before, strict=True):
+                tensor.copy_(value_before)
         return statistics.median(times[WARM:]), value.item()
 
 
