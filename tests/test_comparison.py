@@ -14,7 +14,8 @@ import torch
 
 from addnorm import CompareConfig, compare, load_text, runs
 from addnorm.comparison import Cell, CompareObserver, join_comparisons, load_comparison, started
-from addnorm.reports.summary import statements, summarise
+from addnorm.reports.statements import statements
+from addnorm.reports.summary import summarise
 from addnorm.training.tune import Choice, choice_from
 
 SMALL = {"dim": 8, "heads": 2, "context": 8, "batch": 4, "steps": 12, "jobs": 1}

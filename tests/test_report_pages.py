@@ -22,7 +22,8 @@ from report_cases import (
 
 from addnorm.reports import charts, charts_single
 from addnorm.reports.pages import number, write_comparison_page, write_run_page, write_trace_page
-from addnorm.reports.summary import statements, summarise
+from addnorm.reports.statements import statements
+from addnorm.reports.summary import summarise
 
 CJK = re.compile("[\u4e00-\u9fff]")
 

@@ -15,7 +15,8 @@ from report_cases import (
 )
 from scipy import stats
 
-from addnorm.reports.summary import merge, statements, status_of, summarise
+from addnorm.reports.statements import statements
+from addnorm.reports.summary import merge, status_of, summarise
 
 CJK = re.compile("[\u4e00-\u9fff]")
 

@@ -22,7 +22,8 @@ from addnorm import __version__
 from addnorm.files import write_text
 from addnorm.reports import charts, charts_single
 from addnorm.reports.chart_style import Lang
-from addnorm.reports.summary import STATUS, Summary, statements, summarise
+from addnorm.reports.statements import statements
+from addnorm.reports.summary import STATUS, Summary, summarise
 
 Chart = Callable[[Lang], Any]
 _TEMPLATES = Path(__file__).parent / "templates"

@@ -14,7 +14,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from addnorm.reports.summary import STATUS, Summary, statements, summarise
+from addnorm.reports.statements import statements
+from addnorm.reports.summary import STATUS, Summary, summarise
 
 COLOURS = {"trained": "green", "stuck": "red", "diverged": "magenta", "mixed": "yellow"}
 WORDS = {
