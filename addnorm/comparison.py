@@ -46,9 +46,9 @@ class CompareConfig:
 
     wirings: tuple[str, ...] = ("plain", "postnorm", "prenorm")
     """wirings, separated by commas; `addnorm wirings` lists them"""
-    depths: tuple[int, ...] = (3, 12, 24)
+    depths: tuple[int, ...] = (3, 10, 24)
     """layers, each an attention and a feed-forward connection"""
-    rates: tuple[float, ...] = (1e-3,)
+    rates: tuple[float, ...] = (1.5e-3,)
     """peak learning rates; the report shows each wiring at its best"""
     warmups: tuple[int, ...] = (0, 100)
     """warm-up lengths in steps"""
