@@ -12,7 +12,7 @@ from pathlib import Path
 from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).parent.parent
-WIDTH, HEIGHT = 1180, 1180
+WIDTH, HEIGHT = 1180, 1500
 
 
 def main() -> int:
