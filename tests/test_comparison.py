@@ -31,6 +31,7 @@ def text(tmp_path_factory):
 
 def grid(text, **changes):
     settings = {"wirings": ("plain", "prenorm"), "depths": (1, 2), "warmups": (0, 4), "seeds": 2}
+    settings |= {"rates": (1e-3,)}
     return CompareConfig(data=text, **(SMALL | settings | changes))
 
 
