@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -77,8 +78,8 @@ def tune(
 ) -> tuple[Choice, Loss]:
     """Measure a few steps each way and return the fastest that passes parity, with its loss.
 
-    One coordinate after the other: threads, the model's variants, precision, then the compiler
-    where the run is long enough. What the user set is not measured. The weights, the random state
+    First the threads, then precision and the model's variants together, then the compiler where
+    the run is long enough. What the user set is not measured. The weights, the random state
     and the gradients are as before afterwards.
     """
     device = batch[0].device
@@ -91,20 +92,21 @@ def tune(
         if isinstance(model, Tunable)
         else {},
     )
-    options: list[list[dict[str, Any]]] = []
-    if device.type == "cpu" and not runtime.threads and cores > 1:
-        options.append([{"threads": 1}])
-    if isinstance(model, Tunable):
-        for name, values in model.choices().items():
-            options.append([{"variants": best.variants | {name: value}} for value in values[1:]])
-    if runtime.precision == "auto":
-        options.append([{"precision": "bfloat16"}])
     measured: list[dict[str, Any]] = []
     seconds = 0.0
-    if options or runtime.compile == "auto":
-        for changes in options or [[]]:
-            candidates = [best] + [replace(best, **change) for change in changes]
-            best, seconds = trial.fastest(candidates, measured)
+    several = device.type == "cpu" and not runtime.threads and cores > 1
+    if several:
+        best, seconds = trial.fastest([best, replace(best, threads=1)], measured)
+    # Precision and variants together: bfloat16 pays only with the variant that suits it.
+    precisions = ("float32", "bfloat16") if runtime.precision == "auto" else (runtime.precision,)
+    choices = model.choices() if isinstance(model, Tunable) else {}
+    joint = [
+        replace(best, precision=precision, variants=dict(zip(choices, values, strict=True)))
+        for values in itertools.product(*choices.values())
+        for precision in precisions
+    ]
+    if len(joint) > 1 or (runtime.compile == "auto" and not several):
+        best, seconds = trial.fastest(joint, measured)
     chosen_loss = best.apply(model, loss_of)
     estimate = seconds * config.steps
     if runtime.compile == "on" or (runtime.compile == "auto" and estimate > WORTH_COMPILING):
