@@ -98,7 +98,8 @@ class CompareConfig:
             self.training(rate, warmup, 0)
             if warmup >= self.steps:
                 raise ValueError(
-                    f"a warm-up of {warmup} steps does not fit into {self.steps} steps"
+                    f"a warm-up of {warmup} steps does not fit into {self.steps} steps; use "
+                    f"--warmups 0 or at least --steps {warmup + 1}"
                 )
 
     def model(self, wiring: str, depth: int) -> GPTConfig:
@@ -224,6 +225,12 @@ def _compare(
     }
     if folder is not None:
         write_json(folder / "comparison.json", result)
+    stored = len(list((folder / "cells").glob("*.json"))) if folder else 0
+    others = stored - len(result["cells"])
+    if folder is not None and others > 0:
+        observer.say(
+            f"{others} cells of other settings stay in {folder / 'cells'}, not in the report"
+        )
     observer.begin(result, cells)
     done = {c["key"] for c in result["cells"]}
     waiting = sorted((c for c in cells if c.key not in done), key=lambda c: -c.model.depth)

@@ -50,7 +50,8 @@ class Wiring(nn.Module):
     at_start: ClassVar[str]  # the equation with the start values put in
     final_norm: ClassVar[bool] = False  # whether the model must normalise what `close` returns
     start: ClassVar[str] = "gpt2"  # the start that its branch asks for, a name in STARTS
-    stream_law: ClassVar[Literal["constant", "sqrt", "geometric", "vanishing"]]  # RMS over depth
+    # How the RMS goes over depth at the start: level, as sqrt(l), or by a factor up or down each.
+    stream_law: ClassVar[Literal["constant", "sqrt", "geometric", "vanishing"]]
     gradient_law: ClassVar[Literal["constant", "sqrt", "geometric", "vanishing"]]  # on the way back
     expected: ClassVar[frozenset[str]] = frozenset()  # findings at the start at depth 24
     verified: ClassVar[bool] = True  # False where the source leaves a constant open
@@ -62,6 +63,10 @@ class Wiring(nn.Module):
             # A user may define a wiring of theirs again (a notebook, a plug-in), never one of ours.
             if known is not None and known.__module__.startswith("addnorm."):
                 raise ValueError(f"the wiring {cls.name!r} exists already; choose another name")
+            facts = ("equation", "paper", "year", "at_start", "stream_law", "gradient_law")
+            missing = [fact for fact in facts if not hasattr(cls, fact)]
+            if missing:
+                raise ValueError(f"the wiring {cls.name!r} does not state {', '.join(missing)}")
             _CATALOGUE[cls.name] = cls
 
     def __init__(self, branch: Branch, site: Site) -> None:
@@ -327,7 +332,7 @@ def parse_spec(text: str) -> Spec:
             raise ValueError(unknown(f"option of {name}", key, declared))
         if key in options:
             raise ValueError(f"the wiring {text!r} sets {key} twice")
-        options[key] = _value(text, key, value, hints[key])
+        options[key] = _value(text, key, value, hints.get(key, type(declared[key].default)))
     spec = Spec(name, {k: v for k, v in options.items() if v != declared[k].default})
     known[name].check(spec.options)
     return spec

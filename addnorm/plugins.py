@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterable
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,23 @@ def load_plugins(names: Iterable[str]) -> None:
             _import_file(Path(name))
         else:
             _import(name)
+
+
+@contextlib.contextmanager
+def own_code(what: str) -> Iterator[None]:
+    """Turn an error in the user's code into one line that says what failed and where."""
+    try:
+        yield
+    except (ModuleNotFoundError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        if isinstance(error, SyntaxError):
+            place = f"{error.filename} line {error.lineno}"
+        else:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            place = f"{last.filename} line {last.lineno}"
+        message = f"{what} failed: {type(error).__name__}: {error} ({place})"
+        raise ValueError(message) from error
 
 
 def absolute(names: Iterable[str]) -> tuple[str, ...]:
@@ -57,7 +76,8 @@ def _import(name: str) -> Any:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        return importlib.import_module(name)
+        with own_code(name):
+            return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name and name.split(".")[0] == error.name.split(".")[0]:
             raise ValueError(
@@ -78,5 +98,10 @@ def _import_file(path: Path) -> Any:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    try:
+        with own_code(str(path)):
+            spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]  # a half-made module must not be found again
+        raise
     return module

@@ -20,7 +20,7 @@ from addnorm.branches import Context
 from addnorm.data.text import CharTokenizer, TextData, load_text
 from addnorm.files import locked, read_json, read_lines, write_json
 from addnorm.models.gpt import GPT, GPTConfig
-from addnorm.plugins import absolute, load_plugins, resolve
+from addnorm.plugins import absolute, load_plugins, own_code, resolve
 from addnorm.probe.trace import Trace
 from addnorm.probe.vitals import xray
 from addnorm.training.checkpoint import load_file, load_weights
@@ -47,11 +47,14 @@ def _own_model(target: str, vocab_size: int, context: int) -> nn.Module:
     offered = {"vocab_size": vocab_size, "context": context}
     try:
         taken = inspect.signature(function).parameters
-        model = function(**{k: v for k, v in offered.items() if k in taken})
+        given = {k: v for k, v in offered.items() if k in taken}
+        inspect.signature(function).bind(**given)
     except TypeError as error:
         raise ValueError(
             f"{target} could not be called: {error}; it may take vocab_size and context, both int"
         ) from None
+    with own_code(target):
+        model = function(**given)
     if not isinstance(model, nn.Module):
         raise ValueError(f"{target} returned {type(model).__name__}, not a torch.nn.Module")
     return model
@@ -189,7 +192,10 @@ def _check_output(
 ) -> None:
     """Raise `ValueError` unless the model maps tokens `(B, T)` to logits `(B, T, V)`."""
     inputs, targets = to_device(data.training_batch(config.seed, 0, 2), device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        own_code(f"a forward pass of {type(model).__name__}"),
+    ):
         output = model(inputs)
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     wanted = (*inputs.shape, data.vocab_size)

@@ -256,6 +256,33 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(capsys, run, monk
     assert {p.name: p.read_bytes() for p in run.iterdir()} == before
 
 
+BROKEN = [
+    ("syntax.py", "def make(:\n", ["train", "--model", "syntax.py:make"], "SyntaxError"),
+    ("raises.py", "def make():\n    raise RuntimeError('no')\n", None, "RuntimeError: no"),
+    (
+        "forward.py",
+        "import torch\nclass make(torch.nn.Module):\n    pass\n",
+        None,
+        "NotImplemented",
+    ),
+    (
+        "plugin.py",
+        "from addnorm import nothing\n",
+        ["compare", "--plugins", "plugin.py"],
+        "ImportError",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "code", "argv", "message"), BROKEN, ids=[b[0] for b in BROKEN])
+def test_an_error_in_the_users_code_names_their_file(capsys, tmp_path, name, code, argv, message):
+    (tmp_path / name).write_text(code, encoding="utf-8")
+    line = refused(capsys, *(argv or ["train", "--model", f"{name}:make", "--data", "text.txt"]))
+    assert "failed: " in line
+    assert message in line
+    assert " line " in line
+
+
 def test_json_goes_to_stdout_and_messages_to_stderr(capsys):
     assert main(["wirings", "--json", "-"]) == 0
     out, err = capsys.readouterr()

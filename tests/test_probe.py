@@ -270,7 +270,9 @@ def test_blocks_override_the_search_and_a_wrong_name_is_answered():
         ValueError, match=r"is named 'layers\.\*'; the repeated block .* 'blocks\.\*'"
     ):
         xray(Foreign(), torch.randn(4, 3), blocks="layers.*")
-    with pytest.raises(ValueError, match="Linear has no repeated block; name the blocks"):
+    with pytest.raises(
+        ValueError, match="Linear has no repeated block that holds modules; name the blocks"
+    ):
         xray(nn.Linear(2, 2), torch.randn(1, 2))
 
 
@@ -387,6 +389,8 @@ def test_the_gradient_of_a_carried_tensor_is_that_at_this_depth():
 
     class Carry(Wiring):
         name = "carry-test"
+        equation = paper = at_start = "x <- x + F(x) + x0 / 2"
+        year, stream_law, gradient_law = 2026, "geometric", "geometric"
 
         def __init__(self, branch, site):
             super().__init__(branch, site)
@@ -418,3 +422,26 @@ def test_the_gradient_of_a_carried_tensor_is_that_at_this_depth():
         gradients = torch.autograd.grad(stream[1].square().sum(), leaves)
         wanted.append(torch.cat(gradients).square().mean().sqrt().item())
     assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_dict_with_a_loss_is_read_like_an_object_with_one():
+    class Answer:
+        def __init__(self, **fields):
+            self.__dict__.update(fields)
+
+    class Model(nn.Module):
+        def __init__(self, kind):
+            super().__init__()
+            torch.manual_seed(0)
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in range(2))
+            self.kind = kind
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = x + block(x)
+            return self.kind(loss=x.square().mean(), logits=x)
+
+    x = torch.randn(3, 4)
+    one, two = xray(Model(dict), x), xray(Model(Answer), x)
+    assert one.loss_kind == two.loss_kind == "the model's own loss"
+    assert finite(one.to_dict()) == finite(two.to_dict())

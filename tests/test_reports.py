@@ -104,7 +104,7 @@ def test_the_reason_follows_the_xray(slope, similarity, code):
     assert [c for c in found if c.startswith("why")] == [code]
     if code == "why-vanishing":
         assert "1.7 decades per 10 connections" in found[code].en
-        assert "about 8 decades over all 48" in found[code].en
+        assert "about 8.0 decades over all 48" in found[code].en
     assert not any(
         s.code.startswith("why")
         for s in statements(summarise(make_result(seeds("plain", 24, [2.0], slope=slope))))
@@ -217,3 +217,29 @@ def test_what_was_not_measured_is_not_explained():
     for cell in cells:
         cell["start"] = cell["start"] | {"gradient_slope": None}
     assert not any(code.startswith("why") for code in said(cells))
+
+
+def test_one_seed_says_nothing_about_the_spread_of_seeds():
+    cells = [make_cell("prenorm", 3, 0, 2.5), make_cell("prenorm", 12, 0, 2.0)]
+    found = said(cells)
+    assert "0.500 lower than at depth 3, from one seed" in found["depth-one-seed"].en
+    assert not any("spread" in s.en for s in found.values())
+
+
+def test_a_loss_that_still_falls_is_no_illness():
+    """The same stuck end, once level and once still falling at the last evaluation."""
+    level, falling = seeds("plain", 24, [3.3, 3.3]), seeds("plain", 24, [3.3, 3.3])
+    for cell in falling:
+        cell["curve"] = [*cell["curve"][:-1][:-1], [200, 3.6, 1.0], cell["curve"][-1]]
+    for cell in level:
+        cell["curve"] = [*cell["curve"][:-1][:-1], [200, 3.301, 1.0], cell["curve"][-1]]
+    assert "too-short" in said(falling)
+    assert "too-short" not in said(level)
+    assert any(code.startswith("why") for code in said(level))
+
+
+def test_the_best_cell_of_all_is_named_when_it_is_not_the_deepest():
+    cells = seeds("postnorm", 2, [2.1, 2.11]) + seeds("prenorm", 8, [2.4, 2.41])
+    assert "postnorm at depth 2, validation loss 2.105" in said(cells)["best-of-all"].en
+    cells = seeds("postnorm", 2, [2.5, 2.51]) + seeds("prenorm", 8, [2.4, 2.41])
+    assert "best-of-all" not in said(cells)

@@ -490,8 +490,6 @@ def test_groups_reach_into_submodules_and_the_branch():
     """A scheme may set the rate of its branch's matrices, as CompleteP does."""
 
     class Slow(Wiring):
-        name = "slow-test"
-
         def __init__(self, branch, site):
             super().__init__(branch, site)
             self.norm = self.new_norm()
@@ -505,8 +503,15 @@ def test_groups_reach_into_submodules_and_the_branch():
         def forward(self, stream, context):
             return stream
 
+    Slow.name = "slow-test"
     wiring = Slow(FeedForward(DIM), Site(DIM))
     found = {id(p): g for g in parameter_groups(wiring, 0.1) for p in g["params"]}
     out, bias = found[id(wiring.branch.out.weight)], found[id(wiring.norm.bias)]
     assert (out["lr_scale"], out["weight_decay"]) == (0.5, 0.2)
     assert (bias["lr_scale"], bias["weight_decay"]) == (3.0, 0.0)
+
+
+def test_a_wiring_that_does_not_state_its_facts_is_refused():
+    with pytest.raises(ValueError, match="the wiring 'silent' does not state equation, paper, "):
+        type("Silent", (Wiring,), {"name": "silent"})
+    assert "silent" not in catalogue()

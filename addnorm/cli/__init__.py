@@ -78,7 +78,8 @@ def _overview() -> str:
             *lines,
             "",
             "addnorm COMMAND --help lists the options of a command; --version prints the version.",
-            "Exit codes: 0 fine, 1 a sick X-ray, 2 bad input, 70 internal error, 130 interrupted.",
+            "Exit codes: 0 fine, 1 the X-ray found a value that is not finite, 2 bad input,",
+            "70 internal error, 130 interrupted.",
         ]
     )
 

@@ -11,7 +11,7 @@ import tyro
 
 from addnorm import runs
 from addnorm.cli.parsing import Lang, emit_json
-from addnorm.plugins import resolve
+from addnorm.plugins import own_code, resolve
 from addnorm.probe.trace import Trace
 from addnorm.probe.vitals import xray
 from addnorm.reports.pages import write_trace_page
@@ -39,7 +39,7 @@ def run(options: Options) -> int:
     if options.html:
         write_trace_page(trace.to_dict(), Path(options.html), options.lang)
     if options.json != "-":
-        print(f"{trace.model}, {trace.wiring or 'no wiring of ours'}: {trace.blocks}")
+        print(f"{trace.model}, {trace.wiring or 'not built with addnorm'}: {trace.blocks}")
         print(trace.table())
     emit_json(trace.to_dict(), options.json)
     return 0 if trace.ok else 1
@@ -53,7 +53,8 @@ def _trace(target: str, blocks: str | None) -> Trace:
         inspect.signature(function).bind()
     except TypeError as error:
         raise ValueError(f"{target} must need no arguments: {error}") from None
-    made = function()
+    with own_code(target):
+        made = function()
     if not isinstance(made, tuple) or len(made) not in (2, 3):
         raise ValueError(f"{target} must return (model, inputs) or (model, inputs, targets)")
     return xray(*made, blocks=blocks)

@@ -48,8 +48,8 @@ def find_connections(model: nn.Module, blocks: str | None = None) -> Found:
     repeated = _repeated(model)
     if repeated is None:
         raise ValueError(
-            f"{type(model).__name__} has no repeated block; name the blocks, for instance "
-            'blocks="layers.*"'
+            f"{type(model).__name__} has no repeated block that holds modules; name the blocks by "
+            "a glob, for instance blocks='layers.*', or --blocks 'layers.*' on the command line"
         )
     kind = type(next(iter(repeated.values()))).__name__
     return Found(repeated, f"{len(repeated)} blocks of class {kind} ({_pattern(repeated)})")

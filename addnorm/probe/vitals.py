@@ -88,10 +88,11 @@ def _loss(output: Any, targets: Any, loss: Loss | None) -> tuple[Tensor, str]:
     """Return the scalar that is differentiated, and what it is."""
     if loss is not None:
         return loss(output, targets), "the loss that was given"
-    own = getattr(output, "loss", None)
+    fields = output if isinstance(output, Mapping) else vars(output) if _is_record(output) else {}
+    own = fields.get("loss")
     if isinstance(own, Tensor):
         return own, "the model's own loss"
-    tensor = next(iter(_tensors(getattr(output, "logits", output))), None)
+    tensor = next(iter(_tensors(fields.get("logits", output))), None)
     if tensor is None:
         raise ValueError("the model returned no floating-point tensor; give loss=")
     if targets is not None:
@@ -100,6 +101,11 @@ def _loss(output: Any, targets: Any, loss: Loss | None) -> tuple[Tensor, str]:
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(tensor.shape, generator=generator).to(tensor.device)
     return (tensor.float() * direction).sum() / math.sqrt(tensor.numel()), "random direction"
+
+
+def _is_record(output: Any) -> bool:
+    """Whether the output is an object with named fields, such as a dataclass."""
+    return hasattr(output, "__dict__") and not isinstance(output, Tensor)
 
 
 def _backward(value: Tensor, model: nn.Module, leaves: list[Tensor]) -> None:

@@ -23,7 +23,7 @@ class Statement:
 
 def statements(summary: Summary) -> list[Statement]:
     """Return what was found and which wiring to take, every sentence computed from the cells."""
-    found = [_advice(summary)]
+    found = [_advice(summary), *_best_of_all(summary)]
     for wiring in summary.wirings:
         for rule in (_trains, _warmup, _why, _deeper):
             found += rule(summary, wiring)
@@ -92,6 +92,22 @@ def _advice(s: Summary) -> Statement:
         f"At depth {depth} take {best.wiring}{warm}: validation loss {best.loss:.3f}{en}",
         f"深度 {depth} 时建议采用 {best.wiring}{warm_zh}：验证损失 {best.loss:.3f}{zh}",
     )
+
+
+def _best_of_all(s: Summary) -> list[Statement]:
+    """Say where the lowest loss of all cells is, when that is not at the greatest depth."""
+    trained = [g for d in s.depths for g in s.best_at(d) if g.status == "trained"]
+    best = min(trained, key=lambda g: g.loss, default=None)
+    deepest = [g for g in trained if g.depth == s.depths[-1]]
+    if best is None or best in deepest or not all(_apart(best, g) for g in deepest):
+        return []
+    return [
+        Statement(
+            "best-of-all",
+            f"Best of all cells: {best.wiring} at depth {best.depth}, validation loss {best.loss:.3f}.",
+            f"全部单元中最好的是深度 {best.depth} 的 {best.wiring}，验证损失 {best.loss:.3f}。",
+        )
+    ]
 
 
 def _trains(s: Summary, wiring: str) -> list[Statement]:
@@ -165,6 +181,16 @@ def _why(s: Summary, wiring: str) -> list[Statement]:
     if not failed:
         return []
     group = failed[-1]
+    if group.falling:
+        steps = int(group.median("steps"))
+        return [
+            Statement(
+                "too-short",
+                f"{wiring} at depth {group.depth}: the loss was still falling at step {steps:,}, so "
+                f"the training may be too short to judge; try --steps {10 * steps}.",
+                f"{wiring}，深度 {group.depth}：第 {steps:,} 步时损失仍在下降，训练可能太短，无法判断；请试 --steps {10 * steps}。",
+            )
+        ]
     slope = group.median("start", "gradient_slope")
     similarity = group.median("start", "token_similarity")
     count = len(group.cells[0]["start"]["connections"])
@@ -177,10 +203,10 @@ def _why(s: Summary, wiring: str) -> list[Statement]:
             Statement(
                 "why-vanishing",
                 f"Why, {where}: at the start the gradient shrinks by {slope:.1f} decades per 10 "
-                f"connections on its way back, about {decades:.0f} decades over all {count}; the "
-                "first layers hear nothing.",
+                f"connections on its way back, about {decades:.1f} decades over all {count}; the "
+                "first layers get almost no gradient.",
                 f"原因（{where_zh}）：训练开始时，梯度在回传途中每经过 10 个连接缩小 {slope:.1f} 个数量级，"
-                f"{count} 个连接合计约 {decades:.0f} 个数量级；靠近输入的层几乎收不到信号。",
+                f"{count} 个连接合计约 {decades:.1f} 个数量级；靠近输入的层几乎收不到信号。",
             )
         ]
     if slope <= -STEEP:
@@ -208,10 +234,10 @@ def _why(s: Summary, wiring: str) -> list[Statement]:
         Statement(
             "why-unseen",
             f"Why, {where}: the X-ray at the start shows neither a steep gradient (slope "
-            f"{slope:+.2f} decades per 10 connections) nor alike positions (mean cosine "
-            f"{similarity:.3f}); the trouble comes during the first steps.",
+            f"{slope:+.2f} decades per 10 connections) nor positions that look alike (mean cosine "
+            f"{similarity:.3f}); it does not show the cause.",
             f"原因（{where_zh}）：训练开始时的透视既没有发现陡峭的梯度（每 10 个连接 {slope:+.2f} 个数量级），"
-            f"也没有发现位置趋同（平均余弦 {similarity:.3f}）；问题出现在最初若干步更新中。",
+            f"也没有发现位置趋同（平均余弦 {similarity:.3f}）；初始透视未能显示原因。",
         )
     ]
 
@@ -225,6 +251,16 @@ def _deeper(s: Summary, wiring: str) -> list[Statement]:
         return []
     shallow, deep = trained[0], trained[-1]
     gain = shallow.loss - deep.loss
+    if len(shallow.cells) < 2 or len(deep.cells) < 2:
+        worse, worse_zh = ("higher", "高") if gain < 0 else ("lower", "低")
+        return [
+            Statement(
+                "depth-one-seed",
+                f"{wiring}: the loss at depth {deep.depth} is {abs(gain):.3f} {worse} than at depth "
+                f"{shallow.depth}, from one seed; use --seeds 3 to know.",
+                f"{wiring}：深度 {deep.depth} 的损失比深度 {shallow.depth} {worse_zh} {abs(gain):.3f}，但只有一个随机种子；请用 --seeds 3 确认。",
+            )
+        ]
     if not _apart(shallow, deep):
         en, zh = "makes no difference beyond the seeds' spread", "没有超出随机种子波动的差别"
         code = "depth-equal"
@@ -253,7 +289,7 @@ def _start(s: Summary) -> list[Statement]:
             "own-start",
             f"Each wiring started as its own scheme asks ({listed}); part of a difference can come "
             "from the start. --start NAME gives all the same.",
-            f"每种接法都按各自方案要求初始化（{listed}），差别可能部分来自初始化。用 --start 名称 可统一初始化。",
+            f"每种接法都按各自方案要求初始化（{listed}），差别可能部分来自初始化。用 --start 指定一种初始化即可统一。",
         )
     ]
 

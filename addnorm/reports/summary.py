@@ -55,6 +55,14 @@ class Group:
         return sum(c["status"] == "trained" for c in self.cells)
 
     @property
+    def falling(self) -> bool:
+        """Whether the validation loss still fell by more than 1 % over the last evaluation."""
+        drops = [
+            1 - c["curve"][-1][1] / c["curve"][-2][1] for c in self.whole if len(c["curve"]) > 1
+        ]
+        return bool(drops) and statistics.median(drops) > 0.01
+
+    @property
     def label(self) -> str:
         """Wiring, with the warm-up where there is one."""
         return f"{self.wiring} + {self.warmup}" if self.warmup else self.wiring
