@@ -13,6 +13,7 @@ import math
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+import addnorm
 
 ROUNDS = 7  # fewer rounds make an interval that says nothing
 
@@ -200,8 +203,8 @@ def measure_roofline(
 
     def best(function: Callable[[], object]) -> float:
         call = timed(function, device)
-        neighbours.wait()
-        return min(call() for _ in range(tries + 1))
+        call()
+        return min(neighbours.undisturbed(call) for _ in range(tries))
 
     def product(dtype: torch.dtype) -> float:
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
@@ -225,11 +228,23 @@ def machine(device: torch.device) -> dict[str, Any]:
         "load": round(os.getloadavg()[0], 2),  # what others did in the last minute
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "addnorm": _revision(),
         "device": str(device),
     }
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)
     return facts
+
+
+def _revision() -> str:
+    """Return the commit of the measured code, with `-dirty` where it has been changed since."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=7"]
+    folder = Path(addnorm.__file__).parent
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return f"not in git: {folder}"
+    return done.stdout.strip()
 
 
 def _cpu_model() -> str:
