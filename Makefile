@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test fast check format clean
+.PHONY: demo test fast check format docs clean
 
 demo: $(STAMP)
 	$(BIN)/addnorm compare --out demo
@@ -15,6 +15,10 @@ test: $(STAMP)
 fast: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
+# Every operator and constant of the wirings changed in turn: would the tests see it?
+mutants: $(STAMP)
+	$(BIN)/python tests/mutants.py
+
 check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -23,6 +27,11 @@ check: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The catalogue pages, out of the classes.
+docs: $(STAMP)
+	$(BIN)/addnorm wirings --markdown docs/catalogue.md
+	$(BIN)/addnorm wirings --markdown docs/catalogue.zh-CN.md --lang zh
 
 # Installs again only when the requirements change.
 $(STAMP): pyproject.toml constraints.txt

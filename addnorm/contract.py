@@ -3,8 +3,8 @@
 A *wiring* owns one branch and maps stream to stream: how the branch reads from the stream and how
 its output joins it. A *stack* is branches in a row along one stream under one wiring.
 
-Shapes: x `(..., D)`; a stream is a tensor `(..., D)`, or a tuple of such tensors. A stream is never
-changed in place: a connection returns a new one. `close` accepts the stream after any connection.
+Shapes: x `(..., D)`; a stream is a tensor `(..., D)`, n of them in one tensor `(..., n, D)`, or a
+tuple of tensors `(..., D)`. A stream is never changed in place: a connection returns a new one.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+import math
 import re
 import typing
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from addnorm import branches
 from addnorm.branches import STARTS, Branch, Context, DropPath, Map, Site, Wrapped
 
-Stream = Any  # a tensor (..., D), or a tuple of them: one stream, several, or history
+Stream = Any  # a tensor (..., D) or (..., n, D), or a tuple: one stream, several, or history
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,35 @@ class Group:
 
     lr: float = 1.0  # factor on the learning rate
     weight_decay: float = 0.0  # factor on the weight decay
+    eps: float = 1.0  # factor on Adam's epsilon
+
+
+class Drawing(NamedTuple):
+    """What stands where in the diagram of a connection, each a few signs; empty is a plain line.
+
+    stream -> read -> F -> write -> (join) -> after -> stream, from the stream along skip to join.
+    """
+
+    read: str = ""
+    write: str = ""
+    skip: str = ""
+    after: str = ""
+    stream: str = "x"
+    join: str = "+"
+
+
+Law = Literal["constant", "sqrt", "geometric", "vanishing"]
 
 
 class Wiring(nn.Module):
     """One residual connection: stream -> stream, around the one branch that it owns.
 
-    A subclass that sets `name` is entered in the catalogue. It states its facts as class
-    attributes, builds its own parameters, and writes the paper's equation as `forward`.
+    A subclass states its facts as class attributes, builds its own parameters, gives them their
+    start in `reset_parameters`, and writes the paper's equation as `forward`; `@register` enters it
+    in the catalogue. A `Stack` makes it and calls `reset_parameters`. A norm in front of the branch
+    is called `norm_in`, one behind it `norm_out`, one after the addition `norm`. Under FSDP2,
+    sharded by connection, register `open` and `close` with `register_fsdp_forward_method`: they are
+    called beside `forward` and may read parameters.
     """
 
     name: ClassVar[str]  # the string that names it everywhere
@@ -48,31 +71,23 @@ class Wiring(nn.Module):
     paper: ClassVar[str]  # authors, year, arXiv number
     year: ClassVar[int]
     at_start: ClassVar[str]  # the equation with the start values put in
-    final_norm: ClassVar[bool] = False  # whether the model must normalise what `close` returns
+    final_norm: bool = False  # whether the model must normalise what `close` returns
     start: ClassVar[str] = "gpt2"  # the start that its branch asks for, a name in STARTS
+    asks: ClassVar[Mapping[str, Any]] = {}  # options of the branches that a model must set
     # How the RMS goes over depth at the start: level, as sqrt(l), or by a factor up or down each.
-    stream_law: ClassVar[Literal["constant", "sqrt", "geometric", "vanishing"]]
-    gradient_law: ClassVar[Literal["constant", "sqrt", "geometric", "vanishing"]]  # on the way back
+    stream_law: ClassVar[Law]
+    gradient_law: ClassVar[Law]  # on the way back
     expected: ClassVar[frozenset[str]] = frozenset()  # findings at the start at depth 24
     verified: ClassVar[bool] = True  # False where the source leaves a constant open
-
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        if "name" in cls.__dict__:
-            known = _CATALOGUE.get(cls.name)
-            # A user may define a wiring of theirs again (a notebook, a plug-in), never one of ours.
-            if known is not None and known.__module__.startswith("addnorm."):
-                raise ValueError(f"the wiring {cls.name!r} exists already; choose another name")
-            facts = ("equation", "paper", "year", "at_start", "stream_law", "gradient_law")
-            missing = [fact for fact in facts if not hasattr(cls, fact)]
-            if missing:
-                raise ValueError(f"the wiring {cls.name!r} does not state {', '.join(missing)}")
-            _CATALOGUE[cls.name] = cls
+    limits: ClassVar[Mapping[str, tuple[float, float]]] = {}  # the least and most of an option
+    drawing: ClassVar[Drawing] = Drawing()
+    ships: ClassVar[str] = ""  # known models and libraries that use it
 
     def __init__(self, branch: Branch, site: Site) -> None:
         super().__init__()
         self.branch = branch
         self.site = site
+        self.options: Mapping[str, Any] = {}  # filled in by the spec that builds it
 
     def new_norm(self) -> Map:
         """Return a new norm over the width of the stream, of the kind the site asks for."""
@@ -80,12 +95,12 @@ class Wiring(nn.Module):
         return typing.cast(Map, norm)
 
     def new_parameter(self, *shape: int) -> nn.Parameter:
-        """Return an unfilled parameter; `reset_parameters` gives it its start.
+        """Return an unfilled parameter; `reset_parameters` gives it its start."""
+        return self.site.new_parameter(*shape)
 
-        A scalar is `(1,)`: a parameter without an axis cannot be sharded.
-        """
-        assert shape, "a scalar parameter has the shape (1,)"
-        return nn.Parameter(torch.empty(shape, device=self.site.device, dtype=self.site.dtype))
+    def new_linear(self, inputs: int, outputs: int, *, bias: bool = False) -> nn.Linear:
+        """Return a linear layer of the wiring's own, started as torch does unless replaced."""
+        return self.site.new_linear(inputs, outputs, bias=bias)
 
     def open(self, x: Tensor) -> Stream:
         """Turn the model's `x (..., D)` into the stream, once, at the first connection."""
@@ -100,16 +115,32 @@ class Wiring(nn.Module):
         assert isinstance(stream, Tensor)
         return stream
 
-    @staticmethod
-    def check(options: Mapping[str, Any]) -> None:
-        """Raise `ValueError` for an option out of range; `options` are those that were set."""
+    def present(self, stream: Stream) -> Tensor:
+        """Return what the stream is now, `(..., D)`, for the X-ray: of a tuple the first tensor."""
+        now: Tensor = stream if isinstance(stream, Tensor) else stream[0]
+        return now
+
+    @classmethod
+    def check(cls, options: Mapping[str, Any]) -> None:
+        """Raise `ValueError` for a number that is not finite or out of its limits."""
+        for option, value in options.items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            low, high = cls.limits.get(option, (-math.inf, math.inf))
+            if not (low <= value <= high and math.isfinite(value)):
+                raise ValueError(
+                    f"{option}={literal(value)} of {cls.name} must be {_range(low, high)}"
+                )
 
     def gains(self) -> Mapping[str, float]:
         """Return the factors by role that the scheme puts on its branch's start."""
         return {}
 
     def groups(self) -> Mapping[str, Group]:
-        """Return how the optimiser treats parameters below this wiring, by dotted name."""
+        """Return how the optimiser treats parameters below this wiring, by dotted name.
+
+        What is not named follows the rule for all: two axes or more decay, vectors do not.
+        """
         return {}
 
     def reset_parameters(self) -> None:
@@ -117,7 +148,7 @@ class Wiring(nn.Module):
         branches.start(self.branch, self.site.start or self.start, self.site, self.gains())
         for child in self.children():
             if child is not self.branch:
-                typing.cast(Any, child).reset_parameters()
+                branches.reset(child)
 
     @classmethod
     def run(cls, connections: Iterable[Wiring], stream: Stream, context: Context) -> Stream:
@@ -128,7 +159,7 @@ class Wiring(nn.Module):
 
     def extra_repr(self) -> str:
         """Show the options."""
-        return ", ".join(f"{k}={_literal(getattr(self, k))}" for k in options_of(type(self)))
+        return ", ".join(f"{k}={literal(v)}" for k, v in self.options.items())
 
 
 class Stack(nn.Module):
@@ -137,11 +168,13 @@ class Stack(nn.Module):
     `branches`: `Branch` modules, or any modules `(..., D) -> (..., D)`. `parts`: connections per
     layer. `norm`: width -> norm. `start`: a named start in place of the wiring's own.
     `drop_path`: stochastic depth at the last connection, rising linearly from 0 at the first.
+    In a network of several stacks `before` connections stand in front of this one and there are
+    `total` in all, which is what constants by depth and `drop_path` go by.
     The same module twice is refused unless `shared=True`. The stack does not add the final norm:
     `final_norm` says whether what it returns still needs one.
 
     Raises `ValueError` for an unknown wiring or option, no branches, a count that `parts` does not
-    divide, a module that occurs twice, or a width below 1.
+    divide, a module that occurs twice, a width below 1, or a place outside the network.
     """
 
     def __init__(
@@ -155,6 +188,8 @@ class Stack(nn.Module):
         start: str = "",
         drop_path: float = 0.0,
         shared: bool = False,
+        before: int = 0,
+        total: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -163,6 +198,11 @@ class Stack(nn.Module):
         count = len(branches)
         if count == 0 or parts < 1 or count % parts:
             raise ValueError(f"a stack of {count} branches does not make layers of {parts}")
+        if before < 0 or before % parts or total % parts or before + count > (total or count):
+            raise ValueError(
+                f"a stack of {count} connections after {before} does not fit in a network of "
+                f"{total} with layers of {parts}"
+            )
         if dim < 1:
             raise ValueError(f"dim {dim} must be at least 1")
         if start and start not in STARTS:
@@ -175,11 +215,12 @@ class Stack(nn.Module):
         for index, module in enumerate(branches):
             branch = module if isinstance(module, Branch) else Wrapped(module)
             branch = branch.to(device=device, dtype=dtype)
+            site = Site(dim, index, count, parts, norm, start, device, dtype, before, total)
             if drop_path:
-                branch = DropPath(branch, drop_path * index / max(count - 1, 1))
-            site = Site(dim, index, count, parts, norm, start, device, dtype)
+                branch = DropPath(branch, drop_path * site.layer / max(site.layers - 1, 1))
             made.append(self.spec.build(branch, site))
         self.connections = nn.ModuleList(made)
+        self.observed = False  # True: the plain loop, so that hooks see every connection
 
     @property
     def final_norm(self) -> bool:
@@ -195,9 +236,11 @@ class Stack(nn.Module):
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Return `x (..., D)` after all connections."""
         connections = list(self)
-        context = context or Context()
+        mask, cache, past = (context.mask, context.cache, context.past) if context else (None,) * 3
+        context = Context(mask, cache, past or 0)  # with empty `values`
         stream = connections[0].open(x)
-        stream = type(connections[0]).run(connections, stream, context)
+        run = Wiring.run if self.observed else type(connections[0]).run
+        stream = run(connections, stream, context)
         return connections[-1].close(stream)
 
     def reset_parameters(self) -> None:
@@ -207,11 +250,15 @@ class Stack(nn.Module):
             connection.reset_parameters()
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split the parameters of any module into optimiser groups `{params, weight_decay, lr_scale}`.
+def parameter_groups(
+    model: nn.Module, weight_decay: float, every: bool = False
+) -> list[dict[str, Any]]:
+    """Split the parameters of any module into optimiser groups.
 
-    Matrices (two axes or more) decay, vectors and scalars do not; a wiring's own parameters follow
-    its `groups`. Shared parameters are listed once, frozen ones are left out.
+    A group holds `params`, `weight_decay`, and the factors `lr_scale` and `eps_scale`.
+
+    Matrices (two axes or more) decay, vectors and scalars only with `every`; a wiring's own
+    parameters follow its `groups`. Shared parameters are listed once, frozen ones are left out.
     """
     own: dict[int, Group] = {}
     for module in model.modules():
@@ -223,20 +270,43 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
                         unknown(f"parameter in groups() of {module.name}", name, parameters)
                     )
                 own[id(parameters[name])] = group
-    split: dict[tuple[float, float], list[nn.Parameter]] = {}
+    split: dict[Group, list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            group = own.get(id(parameter), Group(weight_decay=float(parameter.dim() >= 2)))
-            split.setdefault((group.lr, group.weight_decay), []).append(parameter)
+            group = own.get(id(parameter), Group(weight_decay=float(every or parameter.dim() >= 2)))
+            split.setdefault(group, []).append(parameter)
     return [
-        {"params": params, "lr_scale": lr, "weight_decay": weight_decay * decay}
-        for (lr, decay), params in split.items()
+        {
+            "params": params,
+            "lr_scale": group.lr,
+            "eps_scale": group.eps,
+            "weight_decay": weight_decay * group.weight_decay,
+        }
+        for group, params in split.items()
     ]
 
 
 # -- one string names a wiring everywhere ------------------------------------------------------
 
 _CATALOGUE: dict[str, type[Wiring]] = {}
+_WiringClass = TypeVar("_WiringClass", bound=type[Wiring])
+
+
+def register(wiring: _WiringClass) -> _WiringClass:
+    """Enter a wiring in the catalogue, as a class decorator.
+
+    Raises `ValueError` when a fact is missing or one of our own wirings has its name; a wiring of
+    a user's may be defined again (a notebook, a plug-in).
+    """
+    facts = ("name", "equation", "paper", "year", "at_start", "stream_law", "gradient_law")
+    missing = [fact for fact in facts if not hasattr(wiring, fact)]
+    if missing:
+        raise ValueError(f"the wiring {wiring.__name__} does not state {', '.join(missing)}")
+    known = _CATALOGUE.get(wiring.name)
+    if known is not None and known.__module__.startswith("addnorm."):
+        raise ValueError(f"the wiring {wiring.name!r} exists already; choose another name")
+    _CATALOGUE[wiring.name] = wiring
+    return wiring
 
 
 def catalogue() -> dict[str, type[Wiring]]:
@@ -246,27 +316,16 @@ def catalogue() -> dict[str, type[Wiring]]:
     return dict(_CATALOGUE)
 
 
-def facts_of(name: str) -> dict[str, Any]:
-    """Return the facts of a wiring, from its class: what the catalogue, docs and reports show."""
-    wiring = catalogue()[name]
-    names = ["equation", "at_start", "paper", "year", "final_norm", "start", "stream_law"]
-    names += ["gradient_law", "verified"]
-    facts = {key: getattr(wiring, key) for key in names}
-    return {
-        "name": name,
-        **facts,
-        "expected": sorted(wiring.expected),
-        "options": {k: _literal(p.default) for k, p in options_of(wiring).items()},
-        "about": inspect.getdoc(wiring),
-    }
+def unknown(kind: str, name: str, known: Iterable[str], listed: str = "") -> str:
+    """Return the message for an unknown name, with what was probably meant and what is known.
 
-
-def unknown(kind: str, name: str, known: Iterable[str]) -> str:
-    """Return the message for an unknown name, with what was probably meant and what is known."""
+    `listed` says what lists them where they are too many for a line.
+    """
     known = list(known)
     near = difflib.get_close_matches(name, known, 1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"unknown {kind} {name!r}{hint} (known: {', '.join(known) or 'none'})"
+    them = f"{listed} lists the {len(known)}" if listed else f"known: {', '.join(known) or 'none'}"
+    return f"unknown {kind} {name!r}{hint} ({them})"
 
 
 @dataclass(frozen=True)
@@ -284,11 +343,15 @@ class Spec:
     def build(self, branch: Branch, site: Site) -> Wiring:
         """Return the wiring around `branch` at `site`."""
         self.wiring.check(self.options)
-        return self.wiring(branch, site, **self.options)
+        made = self.wiring(branch, site, **self.options)
+        declared = options_of(self.wiring).items()
+        made.options = {name: self.options.get(name, option.default) for name, option in declared}
+        made.reset_parameters()
+        return made
 
     def __str__(self) -> str:
         order = options_of(self.wiring)
-        shown = [f"{k}={_literal(self.options[k])}" for k in order if k in self.options]
+        shown = [f"{k}={literal(self.options[k])}" for k in order if k in self.options]
         return f"{self.name}({', '.join(shown)})" if shown else self.name
 
 
@@ -317,7 +380,7 @@ def parse_spec(text: str) -> Spec:
     name, inner, shell = match.groups()
     known = catalogue()
     if name not in known:
-        raise ValueError(unknown("wiring", name, known))
+        raise ValueError(unknown("wiring", name, known, "addnorm wirings"))
     settings = inner.split(",") if inner else shell.split(":") if shell else []
     declared = options_of(known[name])
     hints = typing.get_type_hints(known[name].__init__)
@@ -361,7 +424,16 @@ def _value(text: str, key: str, value: str, kind: Any) -> Any:
     return read
 
 
-def _literal(value: Any) -> str:
+def _range(low: float, high: float) -> str:
+    """Say what numbers are allowed."""
+    if math.isinf(low) and math.isinf(high):
+        return "finite"
+    if math.isinf(high):
+        return f"at least {low:g}"
+    return f"at most {high:g}" if math.isinf(low) else f"from {low:g} to {high:g}"
+
+
+def literal(value: Any) -> str:
     """Write a value as a spec reads it: `true`, `1e-5`, `relu`."""
     if isinstance(value, bool):
         return str(value).lower()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from addnorm.contract import Spec, catalogue, parse_spec, split_specs
 
-KNOWN = ", ".join(catalogue())
+LISTED = f"(addnorm wirings lists the {len(catalogue())})"
 each_example = settings(derandomize=True, deadline=None, max_examples=100)
 finite = st.floats(allow_nan=False, allow_infinity=False)
 
@@ -128,9 +128,9 @@ def test_joined_list_splits_back(specs):
             "cannot read the wiring 'plain,prenorm'; "
             "write name, name(option=value) or name:option=value",
         ),
-        ("prenrm", f"unknown wiring 'prenrm'; did you mean 'prenorm'? (known: {KNOWN})"),
-        ("PreNorm", f"unknown wiring 'PreNorm'; did you mean 'prenorm'? (known: {KNOWN})"),
-        ("zzzz", f"unknown wiring 'zzzz' (known: {KNOWN})"),
+        ("prenrm", f"unknown wiring 'prenrm'; did you mean 'prenorm'? {LISTED}"),
+        ("PreNorm", f"unknown wiring 'PreNorm'; did you mean 'prenorm'? {LISTED}"),
+        ("zzzz", f"unknown wiring 'zzzz' {LISTED}"),
         (
             "layerscale(ini=1e-5)",
             "unknown option of layerscale 'ini'; did you mean 'init'? (known: init)",
@@ -168,7 +168,7 @@ def test_joined_list_splits_back(specs):
         ),
         (
             "layerscale(init=1e999)",
-            "init=inf of layerscale must be finite; papers use 1e-6 to 1e-4",
+            "init=inf of layerscale must be finite",
         ),
         ("plain(norm=1)", "norm=1 in the wiring 'plain(norm=1)' must be true or false"),
         ("plain:norm=yes", "norm=yes in the wiring 'plain:norm=yes' must be true or false"),

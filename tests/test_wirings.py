@@ -4,72 +4,231 @@ import copy
 import functools
 import inspect
 import itertools
+import math
+import re
 import typing
 
 import naive
+import naive_wirings as oracle
 import pytest
 import torch
 from torch import nn
 
-from addnorm.branches import STARTS, Context, DropPath, Site
-from addnorm.contract import Group, Stack, Wiring, catalogue, parameter_groups, parse_spec
-from addnorm.models import layers
-from addnorm.models.layers import Attention, FeedForward
+from addnorm.branches import STARTS, DropPath, Site
+from addnorm.contract import (
+    Drawing,
+    Group,
+    Law,
+    Stack,
+    Wiring,
+    catalogue,
+    options_of,
+    parameter_groups,
+    parse_spec,
+    register,
+)
+from addnorm.models.layers import Attention, FeedForward, FeedForwardConfig
+from addnorm.norms import NORMS as KINDS
 
-DIM, HIDDEN = 5, 6
-ALPHA, BETA = 1.681792830507429, 0.42044820762685725  # 8 ** (1/4), 32 ** (-1/4)
+DIM, HIDDEN = 8, 5
+BETA = 0.42044820762685725  # 32 ** (-1/4)
 
-# The spec | what one token becomes at the start (F: branch, N: norm with gain 1) | the formula.
+
+def using(formula, **options):
+    """Return the formula with its options set."""
+    return functools.partial(formula, **options)
+
+
+OMEGA = {
+    "log": lambda K: ((K + 1) / math.log(K + 1) - 1) ** 0.5,
+    "constant": lambda K: K**0.5,
+    "linear": lambda K: 1.0,
+}
+NEAR = oracle.near_identity(4)
+
+# The spec | what its stack equals at the start | its formula. Both are whole stacks of one token.
 ROWS = [
-    ("plain", lambda x, F, N: F(x), naive.plain),
-    ("plain(norm=true)", lambda x, F, N: F(N(x)), naive.plain_norm),
-    ("residual", lambda x, F, N: x + F(x), naive.residual),
-    ("postnorm", lambda x, F, N: N(x + F(x)), naive.postnorm),
-    ("prenorm", lambda x, F, N: x + F(N(x)), naive.prenorm),
-    ("sandwich", lambda x, F, N: x + N(F(N(x))), naive.sandwich),
+    ("plain", oracle.plain, oracle.plain),
+    ("plain(norm=true)", using(oracle.plain, norm=True), using(oracle.plain, norm=True)),
+    ("plain(act=relu)", using(oracle.plain, act="relu"), using(oracle.plain, act="relu")),
+    ("plain(act=tanh)", using(oracle.plain, act="tanh"), using(oracle.plain, act="tanh")),
+    ("residual", oracle.residual, oracle.residual),
+    ("postact", oracle.postact, oracle.postact),
+    ("postact(act=none)", oracle.residual, using(oracle.postact, act="none")),
+    ("postact(act=gelu)", using(oracle.postact, act="gelu"), using(oracle.postact, act="gelu")),
+    ("postact(act=silu)", using(oracle.postact, act="silu"), using(oracle.postact, act="silu")),
+    ("postnorm", oracle.postnorm, oracle.postnorm),
+    ("prenorm", oracle.prenorm, oracle.prenorm),
+    ("sandwich", oracle.sandwich, oracle.sandwich),
+    ("peri", oracle.peri, oracle.peri),
+    ("reordered", oracle.reordered, oracle.reordered),
+    ("mixln", oracle.mixln, oracle.mixln),
+    ("mixln(fraction=0.4)", using(oracle.mixln, fraction=0.4), using(oracle.mixln, fraction=0.4)),
+    ("mixln(fraction=0.7)", using(oracle.mixln, fraction=0.7), using(oracle.mixln, fraction=0.7)),
+    ("deepnorm", oracle.deepnorm, oracle.deepnorm),
+    ("admin", using(oracle.admin, omega=OMEGA["log"]), oracle.admin),
+    ("admin(change=constant)", using(oracle.admin, omega=OMEGA["constant"]), oracle.admin),
+    ("admin(change=linear)", oracle.postnorm, oracle.admin),
+    ("b2t", oracle.b2t, oracle.b2t),
+    ("resi-dual", oracle.resi_dual, oracle.resi_dual),
+    ("lns", oracle.lns, oracle.lns),
+    ("gpas", oracle.prenorm, oracle.gpas),
+    ("keel", oracle.keel, oracle.keel),
+    ("siamese", oracle.siamese, oracle.siamese),
+    ("hybridnorm", oracle.hybridnorm, oracle.hybridnorm),
+    ("rezero", oracle.identity, oracle.rezero),
+    ("skipinit", oracle.identity, oracle.rezero),
+    ("layerscale", using(oracle.layerscale, init=1e-4), oracle.layerscale),
+    ("layerscale(init=0.5)", using(oracle.layerscale, init=0.5), oracle.layerscale),
+    ("stable", oracle.stable, oracle.stable),
+    ("completep", oracle.completep, oracle.completep),
     (
-        "deepnorm",
-        lambda x, F, N: N(ALPHA * x + F(x)),
-        functools.partial(naive.deepnorm, alpha=ALPHA),
+        "completep(base_depth=1, exponent=0.5)",
+        using(oracle.completep, base_depth=1, exponent=0.5),
+        using(oracle.completep, base_depth=1, exponent=0.5),
     ),
-    ("rezero", lambda x, F, N: x, naive.rezero),
-    ("layerscale", lambda x, F, N: x + 1e-4 * F(N(x)), naive.layerscale),
-    ("layerscale(init=0.5)", lambda x, F, N: x + 0.5 * F(N(x)), naive.layerscale),
+    ("droppath", oracle.prenorm, oracle.droppath),
+    (
+        "droppath(rate=0.3, per=batch)",
+        using(oracle.droppath, rate=0.3, per="batch"),
+        using(oracle.droppath, rate=0.3, per="batch"),
+    ),
+    ("highway", using(oracle.highway, bias=-1.0), oracle.highway),
+    ("highway(bias=-3.0)", using(oracle.highway, bias=-3.0), oracle.highway),
+    ("gtrxl", using(oracle.gtrxl, bias=2.0), oracle.gtrxl),
+    ("deep-delta", using(oracle.deep_delta, biases=False), oracle.deep_delta),
+    ("orthogonal", oracle.orthogonal, oracle.orthogonal),
+    ("constant-scaling", oracle.constant_scaling, oracle.constant_scaling),
+    (
+        "constant-scaling(skip=0.25, scale=1.0)",
+        using(oracle.constant_scaling, skip=0.25, scale=1.0),
+        using(oracle.constant_scaling, skip=0.25, scale=1.0),
+    ),
+    ("exclusive-gating", using(oracle.exclusive_gating, bias=-6.0), oracle.exclusive_gating),
+    ("exclusive-gating(bias=0.0)", using(oracle.exclusive_gating, bias=0), oracle.exclusive_gating),
+    ("shortcut-gating", using(oracle.shortcut_gating, bias=-6.0), oracle.shortcut_gating),
+    ("shortcut-gating(bias=0.0)", using(oracle.shortcut_gating, bias=0), oracle.shortcut_gating),
+    ("linear-shortcut", oracle.linear_shortcut, oracle.linear_shortcut),
+    ("dropout-shortcut", oracle.dropout_shortcut, oracle.dropout_shortcut),
+    (
+        "dropout-shortcut(rate=0.2)",
+        using(oracle.dropout_shortcut, rate=0.2),
+        using(oracle.dropout_shortcut, rate=0.2),
+    ),
+    ("norm-after-addition", oracle.norm_after_addition, oracle.norm_after_addition),
+    ("relu-before-addition", oracle.relu_before_addition, oracle.relu_before_addition),
+    ("inject", using(oracle.inject, start=True), oracle.inject),
+    ("unet", using(oracle.unet, start=True), oracle.unet),
+    ("denseformer", oracle.prenorm, oracle.denseformer),
+    ("denseformer(dilation=2)", oracle.prenorm, using(oracle.denseformer, dilation=2)),
+    (
+        "denseformer(dilation=2, period=3)",
+        oracle.prenorm,
+        using(oracle.denseformer, dilation=2, period=3),
+    ),
+    ("laurel", oracle.prenorm, oracle.laurel),
+    ("laurel(rank=3)", oracle.prenorm, oracle.laurel),
+    ("attnres", oracle.attnres_start, oracle.attnres),
+    ("attnres-block", oracle.attnres_block_start, oracle.attnres_block),
+    (
+        "attnres-block(size=2)",
+        using(oracle.attnres_block_start, size=2),
+        using(oracle.attnres_block, size=2),
+    ),
+    ("hyper", oracle.hyper_start, oracle.hyper),
+    ("hyper(n=3)", using(oracle.hyper_start, n=3), using(oracle.hyper, n=3)),
+    ("hyper(dynamic=false)", oracle.hyper_start, using(oracle.hyper, dynamic=False)),
+    ("frac", oracle.prenorm, oracle.frac),
+    ("frac(m=2)", oracle.prenorm, using(oracle.frac, m=2)),
+    ("mhc", using(oracle.mhc_start, entry=NEAR), oracle.mhc),
+    (
+        "mhc(n=3, iterations=2)",
+        using(oracle.mhc_start, n=3, entry=oracle.near_identity(3)),
+        using(oracle.mhc, n=3, iterations=2),
+    ),
+    ("mhc-v4", using(oracle.mhc_v4, alpha=1.0, bias=0.0), oracle.mhc_v4),
+    (
+        "mhc-v4(n=3)",
+        using(oracle.mhc_v4, n=3, alpha=1.0, bias=0.0),
+        using(oracle.mhc_v4, n=3),
+    ),
+    ("ihc", oracle.mhc_start, oracle.ihc),
+    ("ihc(n=2)", using(oracle.mhc_start, n=2), using(oracle.ihc, n=2)),
+    (
+        "mhc-lite",
+        using(oracle.mhc_start, entry=oracle.near_identity_permutation(4)),
+        oracle.mhc_lite,
+    ),
+    (
+        "mhc-lite(n=3)",
+        using(oracle.mhc_start, n=3, entry=oracle.near_identity_permutation(3)),
+        using(oracle.mhc_lite, n=3),
+    ),
+    ("krom", using(oracle.mhc_start, entry=oracle.near_identity_factors(4)), oracle.krom),
+    (
+        "krom(n=8)",
+        using(oracle.mhc_start, n=8, entry=oracle.near_identity_factors(8)),
+        using(oracle.krom, n=8),
+    ),
+    ("gated-residual", using(oracle.gated_residual, gain=False), oracle.gated_residual),
+    (
+        "gated-residual(n=3, rank=4)",
+        using(oracle.gated_residual, n=3, gain=False),
+        using(oracle.gated_residual, n=3),
+    ),
+    ("reversible", oracle.reversible, oracle.reversible),
 ]
 SPECS = [row[0] for row in ROWS]
 NORMS = {
-    "layernorm": (nn.LayerNorm, naive.layernorm),
-    "rmsnorm": (layers.NORMS["rmsnorm"], naive.rmsnorm),
+    "layernorm": (KINDS["layernorm"], naive.layernorm),
+    "rmsnorm": (KINDS["rmsnorm"], naive.rmsnorm),
 }
+# connections, connections in a layer, norm: enough for each scheme to show what depends on where.
+PLACES = [(8, 2, "layernorm"), (5, 1, "rmsnorm")]
 # A user's own wirings and those of other tests may lie in the catalogue too.
 OURS = {n: c for n, c in catalogue().items() if c.__module__.startswith("addnorm.")}
+REQUIRED = ("name", "equation", "paper", "year", "at_start", "stream_law", "gradient_law")
 
 each_row = pytest.mark.parametrize(("spec", "at_start", "formula"), ROWS, ids=SPECS)
 each_spec = pytest.mark.parametrize("spec", SPECS)
-each_norm = pytest.mark.parametrize("norm", NORMS)
+each_place = pytest.mark.parametrize(
+    ("count", "parts", "norm"), PLACES, ids=[f"{p[0]}x{p[1]}" for p in PLACES]
+)
 each_wiring = pytest.mark.parametrize("name", OURS)
 
 
 # -- helpers -----------------------------------------------------------------------------------
 
 
-def middle(spec, norm="layernorm"):
-    """Return the wiring in the middle of a longer stack, in float64."""
-    site = Site(DIM, index=3, count=8, parts=2, norm=NORMS[norm][0])
-    return parse_spec(spec).build(FeedForward(DIM, HIDDEN, activation="tanh"), site).double()
-
-
-def randomised(module):
-    """Fill every parameter with random values of order 1."""
+def randomised(module, scale=0.5):
+    """Fill every parameter with random values."""
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.normal_()
+            parameter.normal_(std=scale)
     return module
 
 
-def stream(*shape):
+def stream(*shape, dim=DIM):
     """Return a random stream of order 1 that is neither centred nor of unit size."""
-    return (1.5 * torch.randn(*shape, DIM, dtype=torch.float64) + 0.5).requires_grad_()
+    return (1.5 * torch.randn(*shape, dim, dtype=torch.float64) + 0.5).requires_grad_()
+
+
+def stack(spec, count=4, dim=DIM, **options):
+    """Return a stack of feed-forward branches in float64."""
+    branches = [
+        FeedForward(dim, HIDDEN, config=FeedForwardConfig(activation="tanh")) for _ in range(count)
+    ]
+    return Stack(branches, spec, dim=dim, dtype=torch.float64, **options)
+
+
+def connections(model, norm):
+    """Return what the oracle knows of the connections of a stack."""
+    return [
+        oracle.Connection(
+            dict(c.named_parameters()), c.site.index, len(model), c.site.parts, NORMS[norm][1]
+        )
+        for c in model
+    ]
 
 
 def outcome(y, weights, x, parameters):
@@ -80,44 +239,28 @@ def outcome(y, weights, x, parameters):
     return [y, *gradients]
 
 
-def expect(wiring, x, norm, formula, at_start=None):
-    """Hold outputs and the gradients of input and parameters against the naive formulas."""
-    norm = NORMS[norm][1]
-    p = dict(wiring.named_parameters())
-    weights = torch.randn_like(x)
-    F = branch_of(p)
-    got = outcome(stack_of_one(wiring, x), weights, x, p.values())
-    y = naive.by_token(lambda token: formula(token, p, F, norm), x)
-    want = outcome(y, weights, x, p.values())
+def expect(model, x, norm, formula, among=None):
+    """Hold outputs and gradients of input and parameters against the naive formula.
+
+    `among` limits the gradients to the parameters whose names it accepts: a start formula does
+    not know the parameters of the scheme.
+    """
+    p = {k: v for k, v in model.named_parameters() if among is None or among(k)}
+    weights, known = torch.randn_like(x), connections(model, norm)
+    got = outcome(model(x), weights, x, p.values())
+    want = outcome(naive.by_token(lambda token: formula(token, known), x), weights, x, p.values())
     for name, ours, theirs in zip(["output", "input", *p], got, want, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12, msg=said(name))
-    if at_start:
-        y = naive.by_token(lambda token: at_start(token, F, norm), x)
-        for name, ours, theirs in zip(
-            ["output at start", "input at start"], got, outcome(y, weights, x, []), strict=False
-        ):
-            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12, msg=said(name))
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11, msg=said(name))
 
 
-def branch_of(p):
-    """Return the branch of the connection with parameters `p`, as a function of one token."""
-    return lambda token: naive.feedforward(token, p, torch.tanh, prefix="branch.")
-
-
-def stack_of_one(wiring, x):
-    """Return x through open, the connection and close, as a stack would run it."""
-    return wiring.close(type(wiring).run([wiring], wiring.open(x), Context()))
+def of_branch(name):
+    """Whether a parameter belongs to a branch."""
+    return ".branch." in name
 
 
 def said(name):
     """Put the name of what differs in front of the message."""
     return lambda message: f"{name}: {message}"
-
-
-def stack(spec, count=4, dim=DIM, **options):
-    """Return a stack of feed-forward branches in float64."""
-    parts = [FeedForward(dim, HIDDEN, activation="tanh") for _ in range(count)]
-    return Stack(parts, spec, dim=dim, **options).double()
 
 
 def transformer(spec, dim=64):
@@ -129,42 +272,48 @@ def transformer(spec, dim=64):
 # -- formulas ----------------------------------------------------------------------------------
 
 
-@each_norm
+@each_place
 @each_row
-def test_wiring_starts_as_its_row_says(spec, at_start, formula, norm):
+def test_wiring_starts_as_its_row_says(spec, at_start, formula, count, parts, norm):
     """At the start values, outputs and gradients are those of the simpler start formula."""
-    expect(middle(spec, norm), stream(2, 3), norm, formula, at_start)
+    model = stack(spec, count, parts=parts, norm=NORMS[norm][0]).eval()
+    expect(model, stream(2), norm, at_start, of_branch)
 
 
-@each_norm
+@each_place
 @each_row
-def test_wiring_is_its_formula_at_random_parameters(spec, at_start, formula, norm):
-    """Away from the start, outputs and gradients are those of the paper's formula."""
-    expect(randomised(middle(spec, norm)), stream(2, 3), norm, formula)
+def test_wiring_is_its_formula_at_random_parameters(spec, at_start, formula, count, parts, norm):
+    """Away from the start, outputs and all gradients are those of the paper's formula."""
+    model = randomised(stack(spec, count, parts=parts, norm=NORMS[norm][0])).eval()
+    expect(model, stream(2), norm, formula)
 
 
 @each_row
 def test_wiring_takes_channel_last_images(spec, at_start, formula):
     """Every pixel of a channel-last image `(B, H, W, D)` is a token."""
-    expect(randomised(middle(spec)), stream(2, 3, 2), "layernorm", formula)
+    model = randomised(stack(spec, 2)).eval()
+    expect(model, stream(1, 2, 1), "layernorm", formula)
 
 
 @each_wiring
 def test_registered_means_tested(name):
-    """Every wiring in the catalogue has a row in the table above."""
-    assert name in {parse_spec(spec).name for spec in SPECS}
+    """Every wiring in the catalogue has a row in the table above, and every option another one."""
+    rows = [parse_spec(spec) for spec in SPECS]
+    own = [row for row in rows if row.name == name]
+    assert any(not row.options for row in own)
+    assert {option for row in own for option in row.options} == set(options_of(OURS[name]))
 
 
-@each_norm
+@each_place
 @each_spec
-def test_every_parameter_gets_a_gradient(spec, norm):
-    """Away from the start, no element of any parameter in a stack has a zero gradient."""
-    model = randomised(stack(spec, norm=NORMS[norm][0]))
-    x = stream(2, 3)
+def test_every_parameter_gets_a_gradient(spec, count, parts, norm):
+    """Away from the start, every parameter in a stack gets a gradient."""
+    model = randomised(stack(spec, count, parts=parts, norm=NORMS[norm][0])).eval()
+    x = stream(8, 8)
     (model(x) * torch.randn_like(x)).sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
-        assert (parameter.grad != 0).all(), name
+        assert parameter.grad.abs().max() > 1e-9, name
 
 
 # -- starts ------------------------------------------------------------------------------------
@@ -173,7 +322,7 @@ def test_every_parameter_gets_a_gradient(spec, norm):
 @each_spec
 def test_wiring_works_after_the_meta_device(spec):
     """A stack made on the meta device and reset has the starts of one made in memory."""
-    made = transformer(spec)
+    one, other = transformer(spec), transformer(spec)
     with torch.device("meta"):
         late = transformer(spec)
     late = late.to_empty(device="cpu")
@@ -181,22 +330,23 @@ def test_wiring_works_after_the_meta_device(spec):
         for parameter in late.parameters():
             parameter.fill_(float("nan"))  # what the reset forgets stays visible
     late.reset_parameters()
-    for (name, ours), theirs in zip(late.named_parameters(), made.parameters(), strict=True):
-        if ours.dim() < 2:
+    made = zip(one.parameters(), other.parameters(), strict=True)
+    for (name, ours), (theirs, again) in zip(late.named_parameters(), made, strict=True):
+        if torch.equal(theirs, again):  # not random
             assert torch.equal(ours, theirs), name
         else:
-            ratio = ours.std() / theirs.std()
+            error = 5 * ours.numel() ** -0.5  # five standard errors of a spread or a mean
             assert ours.isfinite().all(), name
-            assert 0.95 < ratio < 1.05, name
-            assert ours.mean().abs() < 0.1 * ours.std(), name
+            assert (ours.std() / theirs.std()).item() == pytest.approx(1, abs=error), name
+            assert ours.mean().abs() < error * ours.std(), name
 
 
 @pytest.mark.parametrize("start", STARTS)
-@each_spec
-def test_reset_twice_is_reset_once(spec, start):
+@each_wiring
+def test_reset_twice_is_reset_once(name, start):
     """A reset depends on the seed alone, not on the values that were there before."""
     site = Site(8, index=3, count=8, parts=2, start=start)
-    wiring = parse_spec(spec).build(Attention(8, 2), site)
+    wiring = parse_spec(name).build(Attention(8, 2), site)
     values = []
     for _ in range(2):
         torch.manual_seed(3)
@@ -280,14 +430,14 @@ def test_deepnorm_refuses_a_branch_without_matrices():
 def test_class_states_its_facts(name):
     """Every wiring states equation, source, start and laws as class attributes of its own."""
     wiring = OURS[name]
-    laws = typing.get_args(typing.get_type_hints(Wiring)["stream_law"].__args__[0])
+    laws = typing.get_args(Law)
     assert wiring.__dict__["name"] == name
     assert wiring.equation.startswith("x <-")
-    assert inspect.cleandoc(wiring.__doc__).startswith("x <-")
+    assert re.match(r"(x|X|\(a, b\)) <- ", inspect.cleandoc(wiring.__doc__))
     assert inspect.getdoc(wiring.forward)
     assert isinstance(wiring.year, int)
     assert 2014 < wiring.year < 2030
-    assert f" {wiring.year}, arXiv:" in wiring.paper
+    assert re.search(rf" {wiring.year}, (arXiv:\d{{4}}\.\d{{5}}|github\.com/\w+/)", wiring.paper)
     assert isinstance(wiring.at_start, str)
     assert wiring.at_start
     assert isinstance(wiring.final_norm, bool)
@@ -298,13 +448,8 @@ def test_class_states_its_facts(name):
     assert wiring.gradient_law in laws
     assert isinstance(wiring.expected, frozenset)
     assert all(isinstance(finding, str) for finding in wiring.expected)
-
-
-@each_spec
-def test_groups_name_parameters(spec):
-    """Optimiser groups name parameters of the wiring itself, and all of them but the norms'."""
-    wiring = middle(spec)
-    assert set(wiring.groups()) == {name for name, _ in wiring.named_parameters(recurse=False)}
+    assert set(wiring.limits) <= set(options_of(wiring))
+    assert isinstance(wiring.drawing, Drawing)
 
 
 @each_wiring
@@ -324,8 +469,10 @@ def test_wirings_are_final():
 
 def test_a_name_belongs_to_one_wiring():
     """A second wiring of the same name is refused."""
-    with pytest.raises(ValueError, match="the wiring 'prenorm' exists already"):
-        type("Another", (Wiring,), {"name": "prenorm"})
+    facts = {k: getattr(OURS["prenorm"], k) for k in REQUIRED}
+    with pytest.raises(ValueError, match="the wiring 'prenorm' exists already; choose another"):
+        register(type("Another", (Wiring,), facts))
+    assert catalogue()["prenorm"] is OURS["prenorm"]
 
 
 @each_spec
@@ -341,15 +488,17 @@ def test_wiring_makes_its_parameters_where_asked(spec):
 @pytest.mark.parametrize(
     ("spec", "shown"),
     [
-        ("plain", "norm=false"),
-        ("plain(norm=true)", "norm=true"),
+        ("plain", "norm=false, act=none"),
+        ("plain(norm=true)", "norm=true, act=none"),
+        ("droppath(rate=0.2, per=batch)", "rate=0.2, per=batch"),
+        ("mhc(n=2)", "n=2, iterations=20"),
         ("layerscale(init=1e-05)", "init=1e-5"),
         ("prenorm", ""),
     ],
 )
 def test_repr_shows_the_options(spec, shown):
     """The printed module shows the options of its wiring."""
-    assert middle(spec).extra_repr() == shown
+    assert next(iter(stack(spec))).extra_repr() == shown
 
 
 # -- the stack ---------------------------------------------------------------------------------
@@ -363,20 +512,6 @@ def test_stack_calls_each_branch_once(spec):
         connection.branch.register_forward_hook(lambda *_, index=index: calls.append(index))
     model(stream(2, 3))
     assert calls == [0, 1, 2, 3]
-
-
-@each_row
-def test_stack_is_its_connections_in_a_row(spec, at_start, formula):
-    """A stack applies the naive formula once for each connection."""
-    if "deepnorm" in spec:
-        formula = functools.partial(naive.deepnorm, alpha=1.4142135623730951)  # 4 ** (1/4)
-    model, x = randomised(stack(spec)), stream(2, 3)
-    y = x
-    for connection in model:
-        p = dict(connection.named_parameters())
-        one = functools.partial(formula, p=p, F=branch_of(p), norm=naive.layernorm)
-        y = naive.by_token(one, y)
-    torch.testing.assert_close(model(x), y, rtol=1e-10, atol=1e-12)
 
 
 def test_stack_tells_each_connection_its_site():
@@ -420,8 +555,7 @@ def test_stack_refuses_the_same_module_twice():
         ),
         (
             {"branches": [nn.Linear(4, 4)], "start": "xaver"},
-            "unknown start 'xaver'; did you mean 'xavier'? "
-            "(known: normal, gpt2, xavier, fairseq, he, torch)",
+            f"unknown start 'xaver'; did you mean 'xavier'? (known: {', '.join(STARTS)})",
         ),
         (
             {"branches": [nn.Linear(4, 4), nn.Linear(4, 4)], "drop_path": 1.0},
@@ -512,6 +646,7 @@ def test_groups_reach_into_submodules_and_the_branch():
 
 
 def test_a_wiring_that_does_not_state_its_facts_is_refused():
-    with pytest.raises(ValueError, match="the wiring 'silent' does not state equation, paper, "):
-        type("Silent", (Wiring,), {"name": "silent"})
+    message = "the wiring Silent does not state equation, paper, year, at_start, stream_law, "
+    with pytest.raises(ValueError, match=message):
+        register(type("Silent", (Wiring,), {"name": "silent"}))
     assert "silent" not in catalogue()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from addnorm.cli.parsing import emit_json, results
-from addnorm.contract import catalogue, facts_of, parse_spec
-from addnorm.reports.terminal import print_catalogue
+from addnorm.cli.parsing import Lang, emit_json, results
+from addnorm.facts import all_facts, facts_of
+from addnorm.files import write_text
+from addnorm.reports.catalogue import markdown, print_list, print_one
 
 
 @dataclass(frozen=True)
@@ -17,22 +19,36 @@ class Options:
     """The options of `addnorm wirings`."""
 
     name: Annotated[str, tyro.conf.Positional] = ""
-    """one wiring, with its docstring"""
+    """one wiring, with options where they should differ: "mhc(n=2)" """
+    bibtex: bool = False
+    """print the BibTeX entry of its source, or of all sources"""
+    markdown: str = ""
+    """write the whole catalogue as a Markdown page to this file"""
+    lang: Lang = "en"
+    """language of what is printed: en or zh"""
     plugins: tuple[str, ...] = ()
     """modules or .py files that define wirings of your own"""
     json: str = ""
-    """write the facts as JSON to this file instead; - is stdout"""
+    """write the facts as a JSON list to this file instead; - is stdout"""
 
 
 def run(options: Options) -> int:
-    """Print the catalogue, or all the facts of one wiring."""
-    names = [parse_spec(options.name).name] if options.name else list(catalogue())
-    rows = [facts_of(name) for name in names]
+    """Print the catalogue, or all that is known of one wiring."""
+    if options.markdown and options.name:
+        raise ValueError("--markdown writes the whole catalogue; leave the name out")
+    brief = not (options.json or options.markdown)
+    rows = [facts_of(options.name)] if options.name else all_facts(brief=brief)
     if options.json:
-        emit_json(rows[0] if options.name else rows, options.json)
+        emit_json(rows, options.json)
+    elif options.markdown:
+        write_text(Path(options.markdown), markdown(rows, options.lang))
+    elif options.bibtex:
+        entries = dict.fromkeys(row["bibtex"] for row in rows if row["bibtex"])
+        if not entries:
+            raise ValueError(f"no BibTeX entry is known for {rows[0]['paper']!r}")
+        print("\n\n".join(entries))
     elif options.name:
-        for key, value in rows[0].items():
-            print(f"{key.replace('_', ' '):14} {value}")
+        print_one(results(""), rows[0], options.lang)
     else:
-        print_catalogue(results(""), rows)
+        print_list(results(""), rows, options.lang)
     return 0
