@@ -11,13 +11,33 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from addnorm.branches import Branch, Context, Matrix, Site
     from addnorm.comparison import CompareConfig, compare
-    from addnorm.contract import Group, Stack, Wiring
+    from addnorm.contract import Group, Stack, Wiring, register
+    from addnorm.data.images import load_images
+    from addnorm.data.sets import DataConfig
     from addnorm.data.text import load_text
+    from addnorm.interop import load_gpt2, save_gpt2
+    from addnorm.models.encoder import (
+        Encoder,
+        EncoderConfig,
+        from_torch_layers,
+        load_torch_layers,
+    )
     from addnorm.models.gpt import GPT, GPTConfig
-    from addnorm.models.layers import Attention, FeedForward
+    from addnorm.models.layers import (
+        Attention,
+        AttentionConfig,
+        EmbeddingConfig,
+        FeedForward,
+        FeedForwardConfig,
+        Parallel,
+    )
     from addnorm.models.mlp import MLP, MLPConfig
+    from addnorm.models.ngpt import NGPT, NGPTConfig
+    from addnorm.models.resnet import ResNet, ResNetConfig
+    from addnorm.models.zoo import build
     from addnorm.probe.trace import Trace
     from addnorm.probe.vitals import xray
+    from addnorm.rewiring import Rewired, rewire
     from addnorm.runs import load_run, sample, train
     from addnorm.training.config import Runtime, TrainConfig
 
@@ -26,13 +46,28 @@ __version__ = "0.1.0"
 _HOMES = {
     "branches": ("Branch", "Context", "Matrix", "Site"),
     "comparison": ("CompareConfig", "compare"),
-    "contract": ("Group", "Stack", "Wiring"),
+    "contract": ("Group", "Stack", "Wiring", "register"),
+    "data.images": ("load_images",),
+    "data.sets": ("DataConfig",),
     "data.text": ("load_text",),
+    "interop": ("load_gpt2", "save_gpt2"),
+    "models.encoder": ("Encoder", "EncoderConfig", "from_torch_layers", "load_torch_layers"),
     "models.gpt": ("GPT", "GPTConfig"),
-    "models.layers": ("Attention", "FeedForward"),
+    "models.layers": (
+        "Attention",
+        "AttentionConfig",
+        "EmbeddingConfig",
+        "FeedForward",
+        "FeedForwardConfig",
+        "Parallel",
+    ),
+    "models.ngpt": ("NGPT", "NGPTConfig"),
     "models.mlp": ("MLP", "MLPConfig"),
+    "models.resnet": ("ResNet", "ResNetConfig"),
+    "models.zoo": ("build",),
     "probe.trace": ("Trace",),
     "probe.vitals": ("xray",),
+    "rewiring": ("Rewired", "rewire"),
     "runs": ("load_run", "sample", "train"),
     "training.config": ("Runtime", "TrainConfig"),
 }
@@ -40,25 +75,45 @@ _HOMES = {
 __all__ = [
     "GPT",
     "MLP",
+    "NGPT",
     "Attention",
+    "AttentionConfig",
     "Branch",
     "CompareConfig",
     "Context",
+    "DataConfig",
+    "EmbeddingConfig",
+    "Encoder",
+    "EncoderConfig",
     "FeedForward",
+    "FeedForwardConfig",
     "GPTConfig",
     "Group",
     "MLPConfig",
     "Matrix",
+    "NGPTConfig",
+    "Parallel",
+    "ResNet",
+    "ResNetConfig",
+    "Rewired",
     "Runtime",
     "Site",
     "Stack",
     "Trace",
     "TrainConfig",
     "Wiring",
+    "build",
     "compare",
+    "from_torch_layers",
+    "load_gpt2",
+    "load_images",
     "load_run",
     "load_text",
+    "load_torch_layers",
+    "register",
+    "rewire",
     "sample",
+    "save_gpt2",
     "train",
     "xray",
 ]

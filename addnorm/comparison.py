@@ -1,4 +1,4 @@
-"""The main job: train the same GPT in every cell of wiring x depth x rate x warm-up x seed.
+"""The main job: train the same network in every cell of wiring x depth x rate x warm-up x seed.
 
 Cells with one seed see the same data in the same order; all cells are computed in one precision.
 Each is X-rayed at the start and at the end. A finished cell is a file in `OUT/cells`, so a second
@@ -8,26 +8,28 @@ call goes on where the first one stopped, and a larger grid trains only what is 
 from __future__ import annotations
 
 import datetime
-import functools
 import hashlib
 import inspect
 import itertools
 import json
 import math
 import platform
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar, cast
 
 import joblib
 import torch
 
 from addnorm import __version__
-from addnorm.contract import parse_spec
-from addnorm.data.text import TextData, load_text
+from addnorm.contract import parse_spec, unknown
+from addnorm.data.sets import DataConfig, Dataset, load_data, reload_data
 from addnorm.files import locked, read_json, write_json
-from addnorm.models.gpt import GPT, GPTConfig
+from addnorm.models.gpt import GPTConfig
+from addnorm.models.mlp import MLPConfig
+from addnorm.models.resnet import ResNetConfig
+from addnorm.models.zoo import KINDS, fitted, start_of, training_flops
 from addnorm.plugins import absolute, load_plugins
 from addnorm.probe.vitals import xray
 from addnorm.reports.summary import merge, status_of
@@ -40,14 +42,21 @@ EVALUATIONS = 10  # validation points on a cell's curve
 POINTS = 50  # training losses kept of a cell
 
 
+Network = TypeVar("Network")
+
+
 @dataclass(frozen=True)
-class CompareConfig:
+class CompareConfig(Generic[Network]):
     """The grid, the network and the training of a comparison."""
 
+    network: Network = field(default_factory=lambda: COMPARED["gpt"]["network"])
+    """the network; its depth and wiring are the grid's"""
+    data: DataConfig = field(default_factory=DataConfig)
+    """text, or images for a network that reads them"""
     wirings: tuple[str, ...] = ("plain", "postnorm", "prenorm")
     """wirings, separated by commas; `addnorm wirings` lists them"""
     depths: tuple[int, ...] = (3, 10, 24)
-    """layers, each an attention and a feed-forward connection"""
+    """layers; of a ResNet the depth that names it, such as 20"""
     rates: tuple[float, ...] = (1.5e-3,)
     """peak learning rates; the report shows each wiring at its best"""
     warmups: tuple[int, ...] = (0, 100)
@@ -57,21 +66,15 @@ class CompareConfig:
     steps: int = 200
     """optimiser steps of each training"""
     batch: int = 16
-    """windows in a step"""
-    dim: int = 48
-    """width of the stream"""
-    heads: int = 4
-    """attention heads; must divide dim"""
-    context: int = 32
-    """characters that the model sees at once"""
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    """the norm wherever a wiring has one"""
-    start: str = ""
-    """one start for all (normal, gpt2, xavier, fairseq, he, torch) in place of each wiring's own"""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """windows or images in a step"""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or SGD with momentum 0.9"""
+    weight_decay: float = 0.1
+    """decay of weights"""
+    clip: float = 1.0
+    """gradient norm above which the gradient is scaled down; 0 for never"""
+    schedule: Literal["cosine", "linear", "step", "constant"] = "cosine"
     """what the rate does after warm-up"""
-    data: str = "pydoc"
-    """pydoc, a UTF-8 file, a folder, or a glob in quotes"""
     precision: Literal["float32", "bfloat16"] = "float32"
     """one precision for all cells"""
     device: str = "auto"
@@ -92,8 +95,8 @@ class CompareConfig:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
         if self.jobs < 0:
             raise ValueError(f"jobs {self.jobs} must be at least 0")
-        for depth in self.depths:
-            self.model(self.wirings[0], depth)
+        for depth, wiring in itertools.product(self.depths, self.wirings):
+            self.cell(wiring, depth)
         for rate, warmup in itertools.product(self.rates, self.warmups):
             self.training(rate, warmup, 0)
             if warmup >= self.steps:
@@ -102,40 +105,75 @@ class CompareConfig:
                     f"--warmups 0 or at least --steps {warmup + 1}"
                 )
 
-    def model(self, wiring: str, depth: int) -> GPTConfig:
-        """Return the network of one cell, without its vocabulary."""
-        return GPTConfig(
-            depth=depth,
-            dim=self.dim,
-            heads=self.heads,
-            context=self.context,
-            wiring=wiring,
-            norm=self.norm,
-            start=self.start,
-        )
+    @property
+    def kind(self) -> str:
+        """The kind of the network, a name of `models.zoo.KINDS`."""
+        return next(name for name, kind in KINDS.items() if type(self.network) is kind.config)
+
+    def cell(self, wiring: str, depth: int) -> Network:
+        """Return the network of one cell, not yet fitted to the data."""
+        network: Network = replace(cast(Any, self.network), wiring=wiring, depth=depth)
+        return network
 
     def training(self, rate: float, warmup: int, seed: int) -> TrainConfig:
         """Return the training of one cell."""
         return TrainConfig(
             steps=self.steps,
             batch=self.batch,
+            optimizer=self.optimizer,
             lr=rate,
+            betas=(0.9, 0.98),
             warmup=warmup,
             schedule=self.schedule,
+            weight_decay=self.weight_decay,
+            clip=self.clip,
             eval_every=max(1, self.steps // EVALUATIONS),
             eval_batches=max(1, 128 // self.batch),
             seed=seed,
         )
 
 
+# How a kind is compared unless said otherwise: minutes on 2 cores.
+COMPARED: Mapping[str, Mapping[str, Any]] = {
+    "gpt": {"network": GPTConfig(dim=48, heads=4, context=32)},
+    "resnet": {
+        "network": ResNetConfig(),
+        "wirings": ("plain", "postact", "residual"),
+        "depths": (8, 20, 56),
+        "rates": (0.02,),
+        "warmups": (0,),
+        "steps": 400,
+        "batch": 64,
+        "optimizer": "sgd",
+        "weight_decay": 1e-4,
+        "clip": 0.0,
+    },
+    "mlp": {
+        "network": MLPConfig(flatten=True),
+        "wirings": ("plain", "residual", "prenorm"),
+        "depths": (4, 16, 48),
+        "warmups": (0,),
+        "batch": 64,
+        "weight_decay": 0.0,
+    },
+}
+
+
+def compared(kind: str) -> CompareConfig[Any]:
+    """Return the comparison of a kind with its defaults. Raises `ValueError` for other kinds."""
+    if kind not in COMPARED:
+        raise ValueError(unknown("network to compare", kind, COMPARED))
+    return CompareConfig(**COMPARED[kind])
+
+
 @dataclass(frozen=True)
 class Cell:
     """One training of the grid: all that decides its outcome."""
 
-    model: GPTConfig
+    kind: str
+    model: Any  # a config of this kind
     training: TrainConfig
-    source: str
-    sha256: str
+    data: Mapping[str, Any]  # what finds them again
     choice: Choice
 
     @property
@@ -144,9 +182,10 @@ class Cell:
         facts = {
             "addnorm": __version__,
             "wiring": _source(self.model.wiring),
+            "kind": self.kind,
             "model": asdict(self.model),
             "training": asdict(self.training),
-            "text": self.sha256,
+            "data": {k: v for k, v in self.data.items() if k != "source"},
             "precision": self.choice.precision,
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
@@ -175,7 +214,7 @@ class CompareObserver:
 
 
 def compare(
-    config: CompareConfig | None = None,
+    config: CompareConfig[Any] | None = None,
     *,
     out: str | Path | None = None,
     observer: CompareObserver | None = None,
@@ -189,8 +228,9 @@ def compare(
     """
     load_plugins(plugins)
     plugins = absolute(plugins)
-    config, observer = config or CompareConfig(), observer or CompareObserver()
-    data = load_text(config.data, config.context)
+    config, observer = config or compared("gpt"), observer or CompareObserver()
+    reads = KINDS[config.kind].reads
+    data = load_data(config.data, reads, getattr(config.network, "context", 0))
     device = pick_device(config.device)
     if out is None:
         return _compare(config, data, device, None, observer, plugins)
@@ -199,14 +239,14 @@ def compare(
 
 
 def _compare(
-    config: CompareConfig,
-    data: TextData,
+    config: CompareConfig[Any],
+    data: Dataset,
     device: torch.device,
     folder: Path | None,
     observer: CompareObserver,
     plugins: Sequence[str],
 ) -> dict[str, Any]:
-    _refuse_other_text(folder, data)
+    _refuse_other_data(folder, data)
     # Nothing is measured here: one way for all cells and machines, so that results repeat bitwise.
     choice = Choice(precision=config.precision, threads=1 if device.type == "cpu" else 0)
     observer.say(f"computing in {choice}")
@@ -247,23 +287,23 @@ def _compare(
     return result
 
 
-def _cells(config: CompareConfig, data: TextData, choice: Choice) -> Iterator[Cell]:
+def _cells(config: CompareConfig[Any], data: Dataset, choice: Choice) -> Iterator[Cell]:
     grid = itertools.product(config.wirings, config.depths, config.rates, config.warmups)
     for wiring, depth, rate, warmup in grid:
         for seed in range(config.seeds):
-            model = replace(config.model(wiring, depth), vocab_size=data.vocab_size)
+            model = fitted(config.kind, config.cell(wiring, depth), data.shape)
             training = config.training(rate, warmup, seed)
-            yield Cell(model, training, data.location, data.sha256, choice)
+            yield Cell(config.kind, model, training, data.describe(), choice)
 
 
-def _refuse_other_text(folder: Path | None, data: TextData) -> None:
-    """Raise `ValueError` where the folder holds a comparison of another text."""
+def _refuse_other_data(folder: Path | None, data: Dataset) -> None:
+    """Raise `ValueError` where the folder holds a comparison on other data."""
     if folder is None or not (folder / "comparison.json").exists():
         return
     before = load_comparison(folder)
     if before["data"]["sha256"] != data.sha256:
         raise ValueError(
-            f"{folder} holds a comparison on another text (sha256 {before['data']['sha256'][:12]}, "
+            f"{folder} holds a comparison on other data (sha256 {before['data']['sha256'][:12]}, "
             f"this one {data.sha256[:12]}); choose another --out"
         )
 
@@ -273,13 +313,16 @@ def _finished(folder: Path | None, cell: Cell) -> dict[str, Any] | None:
     return dict(read_json(path)) if path is not None and path.exists() else None
 
 
-@functools.lru_cache(maxsize=1)
-def _data(source: str, context: int, sha256: str) -> TextData:
-    """Return the data of a cell, read once in each worker. The text must be what it was."""
-    data = load_text(source, context)
-    if data.sha256 != sha256:
-        raise ValueError(f"the text {source!r} changed while the comparison was running")
-    return data
+_LOADED: dict[str, Dataset] = {}
+
+
+def _data(described: Mapping[str, Any]) -> Dataset:
+    """Return the data of a cell, read once in each worker."""
+    sha256 = described["sha256"]
+    if sha256 not in _LOADED:
+        _LOADED.clear()
+        _LOADED[sha256] = reload_data(described)
+    return _LOADED[sha256]
 
 
 def _train_cell(
@@ -288,9 +331,9 @@ def _train_cell(
     """Train one cell, X-ray it at both ends, and keep the result; runs in a worker process."""
     load_plugins(plugins)
     device = torch.device(device_name)
-    data = _data(cell.source, cell.model.context, cell.sha256)
-    model = started(cell.model, cell.training.seed).to(device)
-    batch = to_device(next(data.validation_batches(cell.training.batch, 1)), device)
+    data = _data(cell.data)
+    model = started(cell.kind, cell.model, cell.training.seed).to(device)
+    batch = to_device(next(iter(data.validation_batches(cell.training.batch, 1))), device)
     start = xray(model, *batch)
     run = train_loop(model, data, cell.training, Runtime(device=device_name), choice=cell.choice)
     end = xray(model, *(run.failed_batch or batch))
@@ -304,14 +347,16 @@ def _train_cell(
         "seed": cell.training.seed,
         "status": status_of(run.validation, run.status == "finished", data.unigram, data.uniform),
         "validation": run.validation if math.isfinite(run.validation) else None,
-        "parameters": sum(model.parameters_by_part().values()),
-        "flops_per_token": model.flops_per_token(),
+        "training": run.training_loss if run.status == "finished" else None,
+        "accuracy": run.evaluations[-1].accuracy if data.unit == "images" else None,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "flops_per_token": training_flops(model, data.shape),
         "tokens": run.tokens,
         "steps": run.step,
         "seconds": run.seconds,
         "tokens_per_second": run.tokens / run.seconds if run.seconds else 0.0,
-        "start_rule": cell.model.start or model.stack.spec.wiring.start,
-        "curve": [list(row) for row in run.evaluations],
+        "start_rule": start_of(cell.model),
+        "curve": [[row.step, row.loss, row.seconds] for row in run.evaluations],
         "losses": [[i + 1, run.losses[i]] for i in range(0, len(run.losses), every)],
         "start": start.to_dict(),
         "end": end.to_dict(),
@@ -321,9 +366,9 @@ def _train_cell(
     return result
 
 
-def started(config: GPTConfig, seed: int) -> GPT:
-    """Return a GPT whose embedding and head start alike under every wiring with one seed."""
-    model = GPT(config)
+def started(kind: str, config: Any, seed: int) -> Any:
+    """Return a network whose ends start alike under every wiring with one seed."""
+    model: Any = KINDS[kind].model(config)
     torch.manual_seed(seed)  # after building, which draws numbers of its own
     model.reset_parameters()
     return model
@@ -355,6 +400,6 @@ def join_comparisons(folders: Sequence[str | Path]) -> dict[str, Any]:
 
     def same(result: dict[str, Any]) -> dict[str, Any]:
         settings = {name: result["settings"][name] for name in fixed}
-        return {"text": result["data"]["sha256"][:12], **settings}
+        return {"data": result["data"]["sha256"][:12], **settings}
 
     return merge([load_comparison(folder) for folder in folders], same)

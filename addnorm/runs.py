@@ -7,19 +7,20 @@ A run folder holds `config.json` (model, data, training, how it is computed), `t
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from dataclasses import asdict, fields, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor, nn
 
 from addnorm import __version__
-from addnorm.branches import Context
-from addnorm.data.text import CharTokenizer, TextData, load_text
+from addnorm.data.sets import Dataset, reload_data
+from addnorm.data.text import TextData, load_tokenizer
 from addnorm.files import locked, read_json, read_lines, write_json
-from addnorm.models.gpt import GPT, GPTConfig
+from addnorm.generation import Sampling, generate
+from addnorm.models.zoo import KINDS, fitted, kind_of
 from addnorm.plugins import absolute, load_plugins, own_code, resolve
 from addnorm.probe.trace import Trace
 from addnorm.probe.vitals import xray
@@ -29,29 +30,28 @@ from addnorm.training.loop import Observer, Run, pick_device, to_device, train_l
 from addnorm.training.tune import Choice, choice_from
 
 
-def build_model(description: dict[str, Any], data: TextData) -> nn.Module:
-    """Return the model that a run's configuration describes, for the vocabulary of `data`.
+def build_model(description: dict[str, Any], data: Dataset) -> nn.Module:
+    """Return the model that a run's configuration describes, fitted to `data`.
 
     Raises `ValueError` when a user's function fails to return a module.
     """
     if "function" in description:
-        return _own_model(description["function"], data.vocab_size, data.context)
-    known = {f.name for f in fields(GPTConfig)}
-    config = GPTConfig(**{k: v for k, v in description.items() if k in known})
-    return GPT(replace(config, vocab_size=data.vocab_size))
+        return _own_model(description["function"], data.shape)
+    kind = KINDS[description["kind"]]
+    config = kind.config(**{k: v for k, v in description.items() if k != "kind"})
+    return kind.model(fitted(description["kind"], config, data.shape))
 
 
-def _own_model(target: str, vocab_size: int, context: int) -> nn.Module:
-    """Call the user's function with those of vocab_size and context that it takes."""
+def _own_model(target: str, offered: Mapping[str, int]) -> nn.Module:
+    """Call the user's function with those facts about the data that it takes."""
     function = resolve(target)
-    offered = {"vocab_size": vocab_size, "context": context}
     try:
         taken = inspect.signature(function).parameters
         given = {k: v for k, v in offered.items() if k in taken}
         inspect.signature(function).bind(**given)
     except TypeError as error:
         raise ValueError(
-            f"{target} could not be called: {error}; it may take vocab_size and context, both int"
+            f"{target} could not be called: {error}; it may take {' and '.join(offered)}, all int"
         ) from None
     with own_code(target):
         model = function(**given)
@@ -61,14 +61,15 @@ def _own_model(target: str, vocab_size: int, context: int) -> nn.Module:
 
 
 def _describe(model: nn.Module) -> dict[str, Any]:
-    if isinstance(model, GPT):
-        return {"kind": "gpt", **asdict(model.config)}
+    kind = kind_of(model)
+    if kind:
+        return {"kind": kind, **asdict(cast(Any, model).config)}
     return {"kind": type(model).__name__}
 
 
 def train(
     model: nn.Module,
-    data: TextData,
+    data: Dataset,
     config: TrainConfig | None = None,
     runtime: Runtime | None = None,
     *,
@@ -78,8 +79,9 @@ def train(
     description: dict[str, Any] | None = None,
     plugins: tuple[str, ...] = (),
 ) -> Run:
-    """Train `model` (tokens `(B, T)` to logits `(B, T, V)`) on `data` and return the run.
+    """Train `model` on `data` and return the run.
 
+    The model maps tokens `(B, T)` to logits `(B, T, V)`, or images `(B, C, H, W)` to `(B, V)`.
     With `out` the run is kept in that folder, which must not hold a run yet. `description` is what
     the folder records of the model: `{"function": "pkg.module:function"}` for one of the user's.
     Raises `ValueError` for a folder in use, and for outputs of the wrong shape.
@@ -96,7 +98,8 @@ def train(
                 f"{folder} holds a run already; go on with --resume {folder}, or choose "
                 "another --out"
             )
-        write_json(folder / "tokenizer.json", {"characters": data.tokenizer.characters})
+        if isinstance(data, TextData):
+            write_json(folder / "tokenizer.json", data.tokenizer.to_dict())
         facts = {
             "addnorm": __version__,
             "torch": torch.__version__,
@@ -125,7 +128,7 @@ def resume(folder: str | Path, observer: Observer | None = None) -> Run:
     folder = Path(folder)
     facts = _facts(folder)
     with locked(folder):
-        data = _data(facts)
+        data = _data(folder, facts)
         config, runtime = TrainConfig(**facts["train"]), Runtime(**facts["runtime"])
         torch.manual_seed(config.seed)
         return train_loop(
@@ -148,7 +151,7 @@ def load_run(folder: str | Path) -> Run:
     """
     folder = Path(folder)
     facts = _facts(folder)
-    data = _data(facts)
+    data = _data(folder, facts)
     model = build_model(facts["model"], data)
     path = folder / "model.safetensors"
     tensors, header = load_file(path)
@@ -159,6 +162,13 @@ def load_run(folder: str | Path) -> Run:
     run.step = int(header.get("step", 0))
     run.status = read_json(folder / "summary.json")["status"]
     return run
+
+
+def _data(folder: Path, facts: Mapping[str, Any]) -> Dataset:
+    """Return the data of a run, a text in the tokens that the run was trained on."""
+    known = facts["data"]
+    kept = None if known["unit"] == "images" else load_tokenizer(folder / "tokenizer.json")
+    return reload_data(known, kept)
 
 
 def _facts(folder: Path) -> dict[str, Any]:
@@ -175,34 +185,26 @@ def _facts(folder: Path) -> dict[str, Any]:
     return dict(facts)
 
 
-def _data(facts: dict[str, Any]) -> TextData:
-    known = facts["data"]
-    data = load_text(known["source"], known["context"])
-    if data.sha256 != known["sha256"]:
-        raise ValueError(
-            f"the text {known['source']!r} is not the one that this run was trained on: its sha256 "
-            f"is {data.sha256[:12]}, the run recorded {known['sha256'][:12]}"
-        )
-    return data
-
-
 @torch.no_grad()
 def _check_output(
-    model: nn.Module, data: TextData, config: TrainConfig, device: torch.device
+    model: nn.Module, data: Dataset, config: TrainConfig, device: torch.device
 ) -> None:
-    """Raise `ValueError` unless the model maps tokens `(B, T)` to logits `(B, T, V)`."""
+    """Raise `ValueError` unless the model maps a batch to logits of the targets' shape."""
     inputs, targets = to_device(data.training_batch(config.seed, 0, 2), device)
+    training = model.training
+    model.eval()  # a batch must not move the statistics of a norm
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         own_code(f"a forward pass of {type(model).__name__}"),
     ):
         output = model(inputs)
+    model.train(training)
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    wanted = (*inputs.shape, data.vocab_size)
+    wanted = (*targets.shape, data.shape.get("vocab_size") or data.shape["classes"])
     got = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
     if got != wanted:
         raise ValueError(
-            f"{type(model).__name__} returns {got} for tokens {tuple(targets.shape)}; the trainer "
+            f"{type(model).__name__} returns {got} for a batch {tuple(inputs.shape)}; the trainer "
             f"needs logits {wanted}"
         )
 
@@ -231,7 +233,7 @@ def write_report(folder: str | Path, lang: str = "en", page: Path | None = None)
 
 def describe_outcome(run: Run, lang: str = "en") -> str:
     """Return one sentence on how a run ended; for a diverged one the first bad block is named."""
-    assert isinstance(run.data, TextData)
+    assert isinstance(run.data, Dataset)
     if run.status == "diverged":
         assert run.failed_batch is not None
         finding = next(iter(xray_run(run, run.failed_batch).findings), None)
@@ -244,11 +246,24 @@ def describe_outcome(run: Run, lang: str = "en") -> str:
             f"{kept}. First bad block: {where}"
         )
     data, loss = run.data, run.validation
+    right, among = run.evaluations[-1].accuracy, run.evaluations[-1].top5
+    if data.unit == "images":
+        if lang == "zh":
+            return f"测试准确率 {right:.2%}（前五 {among:.2%}），测试损失 {loss:.3f}，训练损失 {run.training_loss:.3f}"
+        return (
+            f"test accuracy {right:.2%} (top five {among:.2%}), test loss {loss:.3f}, training "
+            f"loss {run.training_loss:.3f}"
+        )
+    assert isinstance(data, TextData)
+    bits = f"{data.bits_per_byte(loss):.3f}"
     if lang == "zh":
-        return f"验证损失 {loss:.3f}（一元熵 {data.unigram:.3f}，均匀猜测 {data.uniform:.3f}）"
-    return f"validation loss {loss:.3f} (unigram {data.unigram:.3f}, uniform {data.uniform:.3f})"
+        lines = f"一元熵 {data.unigram:.3f}，均匀猜测 {data.uniform:.3f}"
+        return f"验证损失 {loss:.3f}（{lines}），即每字节 {bits} 比特"
+    lines = f"unigram {data.unigram:.3f}, uniform {data.uniform:.3f}"
+    return f"validation loss {loss:.3f} ({lines}), {bits} bits per byte"
 
 
+@overload
 def sample(
     run: Run,
     prompt: str = "\n",
@@ -256,85 +271,72 @@ def sample(
     tokens: int = 200,
     temperature: float = 0.8,
     top_k: int = 0,
+    top_p: float = 1.0,
     seed: int = 0,
-) -> str:
-    """Return `prompt` and what the run's model writes after it.
+) -> str: ...
 
-    `temperature` 0 takes the most likely character; `top_k` above 0 leaves only so many to draw
-    from. Raises `ValueError` for an empty prompt, a character that the model never saw, and
-    settings out of range.
+
+@overload
+def sample(
+    run: Run,
+    prompt: list[str] | tuple[str, ...],
+    *,
+    tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> list[str]: ...
+
+
+def sample(
+    run: Run,
+    prompt: str | list[str] | tuple[str, ...] = "\n",
+    *,
+    tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> str | list[str]:
+    """Return `prompt` and what the run's model writes after it; of several prompts a list.
+
+    `temperature` 0 takes the most likely token; `top_k` above 0 leaves only so many to draw from,
+    `top_p` below 1 the most likely ones that together have this probability. The i-th of several
+    prompts draws with `seed + i`. Raises `ValueError` for a run on images, an empty prompt, a
+    character that the model never saw, and settings out of range.
     """
-    return prompt + "".join(
-        stream(run, prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed)
-    )
+    sampling = Sampling(tokens, temperature, top_k, top_p, seed)
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    drawn = list(_generate(run, prompts, sampling))  # tokens times prompts
+    decode = _text(run).tokenizer.decode
+    texts = [p + decode(ids) for p, ids in zip(prompts, zip(*drawn, strict=True), strict=True)]
+    return texts[0] if isinstance(prompt, str) else texts
 
 
 def stream(
-    run: Run, prompt: str, *, tokens: int, temperature: float, top_k: int, seed: int
+    run: Run,
+    prompt: str,
+    *,
+    tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
 ) -> Iterator[str]:
-    """Yield the characters that `sample` appends, as they are drawn."""
-    if not prompt:
-        raise ValueError("the prompt is empty; give at least one character")
-    if tokens < 1:
-        raise ValueError(f"tokens {tokens} must be at least 1")
-    if not temperature >= 0:
-        raise ValueError(f"temperature {temperature} must be at least 0")
-    if top_k < 0:
-        raise ValueError(f"top_k {top_k} must be at least 0 (0: all characters)")
-    assert isinstance(run.data, TextData)
-    tokenizer: CharTokenizer = run.data.tokenizer
-    ids = torch.tensor([tokenizer.encode(prompt)])  # (1, T)
-    for token in generate(
-        run.model.eval(), ids, run.data.context, tokens, temperature, top_k, seed
-    ):
-        yield tokenizer.decode([token])
+    """Yield the text that `sample` appends, piece by piece as it is drawn."""
+    sampling = Sampling(tokens, temperature, top_k, top_p, seed)
+    ids = (row for (row,) in _generate(run, [prompt], sampling))
+    return _text(run).tokenizer.decode_stream(ids)
 
 
-@torch.no_grad()
-def generate(
-    model: nn.Module,
-    ids: Tensor,
-    context: int,
-    tokens: int,
-    temperature: float,
-    top_k: int,
-    seed: int,
-) -> Iterator[int]:
-    """Yield the next token ids after `ids (1, T)`, with a key-value cache where the model has one.
-
-    Positions are learned, so when the context is full the window restarts from its later half and
-    the cache is filled again.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    cached = isinstance(model, GPT)
-    ids = ids[:, -context:]
-    cache: Context | None = None
-    for _ in range(tokens):
-        if ids.shape[1] > context:
-            ids, cache = ids[:, -max(1, context // 2) :], None
-        if not cached:
-            logits = _logits(model(ids))
-        elif cache is None:
-            cache = Context(cache={})
-            logits = model(ids, cache)
-        else:
-            logits = model(ids[:, -1:], replace(cache, past=ids.shape[1] - 1))
-        choice = draw(logits[0, -1].float(), temperature, top_k, generator)
-        ids = torch.cat((ids, torch.tensor([[choice]])), dim=1)
-        yield choice
+def _generate(run: Run, prompts: list[str], sampling: Sampling) -> Iterator[list[int]]:
+    data = _text(run)
+    ids = [data.tokenizer.encode(prompt) for prompt in prompts]
+    return generate(run.model.eval(), ids, data.context, sampling)
 
 
-def _logits(output: Any) -> Tensor:
-    logits: Tensor = output if isinstance(output, Tensor) else output.logits
-    return logits
-
-
-def draw(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
-    """Draw one id from logits `(V,)`; temperature 0 takes the largest."""
-    if temperature == 0:
-        return int(logits.argmax())
-    if top_k:
-        least = logits.topk(min(top_k, logits.numel())).values[-1]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    probabilities = torch.softmax(logits / temperature, dim=-1)
-    return int(torch.multinomial(probabilities, 1, generator=generator))
+def _text(run: Run) -> TextData:
+    if not isinstance(run.data, TextData):
+        raise ValueError("this run was trained on images; only a run on text can be sampled")
+    return run.data

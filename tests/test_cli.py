@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -45,7 +46,7 @@ REFUSED = [
     (["compar"], "unknown command 'compar'; did you mean 'compare'? (known: "),
     (
         ["compare", "--wirings", "prenrm"],
-        "unknown wiring 'prenrm'; did you mean 'prenorm'? (known: ",
+        "unknown wiring 'prenrm'; did you mean 'prenorm'? (addnorm wirings lists the ",
     ),
     (
         ["compare", "--wirings", "layerscale(int=1)"],
@@ -98,15 +99,38 @@ REFUSED = [
     ),
     (
         ["train", "--model", "a:b", "--depth", "9"],
-        "--model brings its own shape; leave --depth out",
+        "unknown option '--depth' (addnorm train --help lists the options)",
     ),
-    (["train", "--model", "nothing"], "'nothing' names no function; write pkg.module:function or "),
+    (["train", "--model", "nothing"], "unknown model 'nothing' (known: gpt, ngpt, resnet, "),
+    (["train", "--model", "resnt"], "unknown model 'resnt'; did you mean 'resnet'? (known: "),
+    (["train", "--model", "a:"], "'a:' names no function; write pkg.module:function or file.py:"),
+    (["train", "--model", "encoder"], "encoder reads vectors and cannot be trained from the com"),
+    (["train", "--preset", "resnet"], "unknown preset 'resnet'; did you mean 'resnet"),
+    (["train", "--preset", "gpt2", "--model", "gpt"], "--preset names a network and how it is "),
+    (["train", "--recipe", "he"], "unknown recipe 'he' (known: he2015, he2015-warm, babygpt, "),
+    (["train", "--model", "resnet20", "--data", "pydoc"], "no images at 'pydoc'; give digits, "),
+    (["train", "--data", "digits"], "digits is a set of images; give a network that reads them"),
+    (["train", "--model", "resnet20", "--classes", "7"], "classes 7 is not that of 'digits', 10"),
+    (["train", "--betas", "1"], "betas (1.0,) must be two numbers from 0 up to 1"),
+    (["compare", "--model", "ngpt"], "unknown network to compare 'ngpt'; did you mean 'gpt'?"),
+    (["compare", "--depth", "3"], "a comparison takes several; use --depths in place of --depth"),
+    (["compare", "--model", "resnet", "--depths", "9"], "depth 9 is not 6n + 2 (basic) or 9n + 2"),
     (["train", "--model", "json:nope"], "json has no function 'nope'"),
     (["sample", "nowhere"], "no run folder 'nowhere'"),
     (["sample"], "PATH is missing: folder of the run (addnorm sample --help lists the options)"),
     (["xray", "."], ". is not a run folder: it has no config.json"),
     (["xray", "json:dumps"], "json:dumps must need no arguments: "),
-    (["wirings", "prenor"], "unknown wiring 'prenor'; did you mean 'prenorm'? (known: "),
+    (
+        ["wirings", "prenor"],
+        "unknown wiring 'prenor'; did you mean 'prenorm'? (addnorm wirings lists the ",
+    ),
+    (
+        ["wirings", "mhc(m=2)"],
+        "unknown option of mhc 'm' (known: n, iterations)",
+    ),
+    (["wirings", "mhc(n=1)"], "n=1 of mhc must be from 2 to 16"),
+    (["wirings", "mhc", "--markdown", "x.md"], "--markdown writes the whole catalogue; leave the"),
+    (["wirings", "mhc", "--lang", "de"], "invalid choice 'de' for argument '--lang'. Expected one"),
     (["report", "nowhere"], "no file or folder 'nowhere'"),
     (["report", "."], "comparison.json is missing"),
     (["data", "get", "nowhere"], "no text at 'nowhere'; give a UTF-8 file, "),
@@ -177,8 +201,9 @@ def test_a_finished_run_resumes_to_nothing_and_a_second_run_is_refused(capsys, r
 
 
 OWN_WIRING = '''
-from addnorm import Wiring
+from addnorm import Wiring, register
 
+@register
 class Halved(Wiring):
     """x <- x / 2 + F(x)."""
 
@@ -223,7 +248,7 @@ def test_a_comparison_on_another_text_is_refused(capsys, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT + "more", encoding="utf-8")
     capsys.readouterr()
     message = refused(capsys, "compare", "--wirings", "prenorm", *GRID, "--out", "c")
-    assert message.startswith("c holds a comparison on another text (sha256 ")
+    assert message.startswith("c holds a comparison on other data (sha256 ")
     assert main(["compare", "--wirings", "prenorm", *GRID, "--out", "d"]) == 0
     capsys.readouterr()
     assert refused(capsys, "report", "c", "d").startswith("these comparisons cannot be joined")
@@ -283,10 +308,85 @@ def test_an_error_in_the_users_code_names_their_file(capsys, tmp_path, name, cod
     assert " line " in line
 
 
-def test_json_goes_to_stdout_and_messages_to_stderr(capsys):
+FACTS = {
+    "name", "family", "equation", "paper", "year", "options", "starts_as", "final_norm", "cost",
+    "verified", "ships", "asks", "start", "stream_law", "gradient_law", "about", "diagram",
+}  # fmt: skip
+
+
+def test_the_catalogue_as_json_is_a_list_of_facts(capsys):
     assert main(["wirings", "--json", "-"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert len(rows) >= 50
+    assert all(set(row) >= FACTS for row in rows)
+    assert main(["wirings", "mhc(n=2)", "--json", "one.json"]) == 0
+    assert capsys.readouterr().out == ""
+    (row,) = json.loads(Path("one.json").read_text(encoding="utf-8"))
+    assert (row["name"], row["family"]) == ("mhc", "streams")
+    assert row["cost"]["traffic"]["formula"] == "6 D"
+
+
+def test_the_catalogue_is_printed_by_family(capsys):
+    assert main(["wirings"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    heads = [line.split(":")[0] for line in lines if line and line[0] != " " and ": " in line[:20]]
+    assert heads == ["norm", "scale", "memory", "streams"]
+    row = next(line for line in lines if line.startswith("prenorm "))
+    assert re.split(r"\s{2,}", row.strip()) == ["prenorm", "2020", "x <- x + F(N(x))", "2 D"]
+    at = lines.index(next(line for line in lines if line.startswith("mhc ")))
+    assert "n=4 iterations=20" in lines[at + 1]
+    assert "starts as X + h_post" in lines[at + 1]
+    assert main(["wirings", "--lang", "zh"]) == 0
+    out = capsys.readouterr().out
+    assert "norm：归一化放在哪里" in out
+    assert "起始为" in out
+    assert "starts as" not in out
+
+
+def test_one_wiring_is_printed_whole(capsys):
+    assert main(["wirings", "layerscale:init=0.5"]) == 0
+    out = capsys.readouterr().out
+    for part in (
+        "layerscale(init=0.5)   scale: ",
+        "x <- x + gamma * F(N(x))",
+        "x ──┬── N ── F ── gamma ──(+)── x\n    └──────────────────────┘\n",
+        "Touvron et al. 2021, CaiT (arXiv:2103.17239), equation 4.",
+        "init=0.5 (default 0.0001)",
+        "[touvron2021going]",
+        "final norm           needed",
+        "used by              CaiT",
+    ):
+        assert part in out
+    costs = [line.split() for line in out.splitlines()[-3:]]
+    assert costs[0] == ["parameters", "3", "D", "2,304"]
+    assert costs[2] == ["memory", "traffic", "4", "D", "3,072"]
+    assert main(["wirings", "layerscale", "--lang", "zh"]) == 0
+    out = capsys.readouterr().out
+    assert "前置归一化，分支输出逐通道乘以可学习的向量 gamma" in out
+    assert re.search("最终归一化 +需要", out)
+    assert "Touvron et al. 2021, CaiT" not in out
+
+
+def test_bibtex_of_one_wiring_and_of_all(capsys, tmp_path):
+    assert main(["wirings", "unet", "--bibtex"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("@software{jordan2024moddednanogpt,\n")
+    assert out.endswith("}\n")
+    assert main(["wirings", "--bibtex"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("{he2016identity,") == 1
+    assert out.count("\n@") > 35
+    (tmp_path / "mine.py").write_text(OWN_WIRING, encoding="utf-8")
+    message = refused(capsys, "wirings", "halved", "--plugins", "mine.py", "--bibtex")
+    assert message == "no BibTeX entry is known for 'none'"
+    assert main(["wirings", "--plugins", "mine.py", "--markdown", "all.md"]) == 0
+    assert "own: wirings of your own" in Path("all.md").read_text(encoding="utf-8")
+
+
+def test_json_goes_to_stdout_and_messages_to_stderr(capsys):
+    assert main(["wirings", "prenorm", "--json", "-"]) == 0
     out, err = capsys.readouterr()
-    assert {row["name"] for row in json.loads(out)} >= {"plain", "prenorm", "deepnorm"}
+    assert [row["name"] for row in json.loads(out)] == ["prenorm"]
     assert err == ""
     assert main(["data", "get", "text.txt", "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out)["tokens"] == len(TEXT)

@@ -12,13 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from addnorm import CompareConfig, compare, load_text, runs
+from addnorm import CompareConfig, DataConfig, GPTConfig, ResNetConfig, compare, load_text, runs
 from addnorm.comparison import Cell, CompareObserver, join_comparisons, load_comparison, started
+from addnorm.models.zoo import fitted
 from addnorm.reports.statements import statements
 from addnorm.reports.summary import summarise
 from addnorm.training.tune import Choice, choice_from
 
-SMALL = {"dim": 8, "heads": 2, "context": 8, "batch": 4, "steps": 12, "jobs": 1}
+SMALL = {
+    "network": GPTConfig(dim=8, heads=2, context=8),
+    "batch": 4,
+    "steps": 12,
+    "jobs": 1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +38,7 @@ def text(tmp_path_factory):
 def grid(text, **changes):
     settings = {"wirings": ("plain", "prenorm"), "depths": (1, 2), "warmups": (0, 4), "seeds": 2}
     settings |= {"rates": (1e-3,)}
-    return CompareConfig(data=text, **(SMALL | settings | changes))
+    return CompareConfig(data=DataConfig(text), **(SMALL | settings | changes))
 
 
 def plain_values(result):
@@ -66,12 +72,13 @@ def test_a_cell_is_the_training_that_anyone_can_run_alone(text, result):
     """The same GPT, seed and settings through `addnorm.train` give bitwise the same losses."""
     config, data = grid(text), load_text(text, 8)
     cell = next(c for c in result["cells"] if (c["wiring"], c["depth"]) == ("prenorm", 2))
-    model = started(replace(config.model("prenorm", 2), vocab_size=data.vocab_size), cell["seed"])
+    shape = fitted("gpt", config.cell("prenorm", 2), data.shape)
+    model = started("gpt", shape, cell["seed"])
     training = config.training(cell["lr"], cell["warmup"], cell["seed"])
     run = runs.train(model, data, training, choice=choice_from(result["choice"]))
     assert [loss for _, loss in cell["losses"]] == run.losses
     assert cell["validation"] == run.validation
-    assert [row[:2] for row in cell["curve"]] == [[step, loss] for step, loss, _ in run.evaluations]
+    assert [row[:2] for row in cell["curve"]] == [[e.step, e.loss] for e in run.evaluations]
     assert cell["parameters"] == sum(p.numel() for p in model.parameters())
     assert cell["tokens"] == 12 * 4 * 8
 
@@ -80,11 +87,11 @@ def test_a_cell_is_the_training_that_anyone_can_run_alone(text, result):
 def test_cells_of_one_seed_start_from_the_same_embedding_and_head(text, other):
     """Paired seeds: what lies outside the stack starts alike under every wiring."""
     config = grid(text)
-    shapes = [replace(config.model(w, 2), vocab_size=9) for w in ("prenorm", other)]
-    one, two = (started(shape, 1) for shape in shapes)
+    shapes = [replace(config.cell(w, 2), vocab_size=9) for w in ("prenorm", other)]
+    one, two = (started("gpt", shape, 1) for shape in shapes)
     for part in ("token", "position", "head"):
         assert torch.equal(getattr(one, part).weight, getattr(two, part).weight)
-    assert not torch.equal(one.token.weight, started(shapes[0], 2).token.weight)
+    assert not torch.equal(one.token.weight, started("gpt", shapes[0], 2).token.weight)
 
 
 def test_the_result_does_not_depend_on_how_many_jobs_train(text, result):
@@ -114,19 +121,20 @@ def test_finished_cells_are_kept_and_a_larger_grid_trains_only_what_is_new(text,
 
 def test_a_cell_is_named_by_what_decides_its_outcome(text):
     config = grid(text)
-    base = Cell(config.model("prenorm", 2), config.training(1e-3, 0, 0), text, "sha", Choice())
+    data = {"source": text, "sha256": "sha", "context": 8}
+    base = Cell("gpt", config.cell("prenorm", 2), config.training(1e-3, 0, 0), data, Choice())
     other = [
-        replace(base, model=config.model("postnorm", 2)),
-        replace(base, model=config.model("prenorm", 3)),
+        replace(base, model=config.cell("postnorm", 2)),
+        replace(base, model=config.cell("prenorm", 3)),
         replace(base, training=config.training(2e-3, 0, 0)),
         replace(base, training=config.training(1e-3, 4, 0)),
         replace(base, training=config.training(1e-3, 0, 1)),
-        replace(base, sha256="other"),
+        replace(base, data=data | {"sha256": "other"}),
         replace(base, choice=Choice(precision="bfloat16")),
     ]
     assert len({c.key for c in [base, *other]}) == 8
     assert replace(base, choice=Choice(threads=7)).key == base.key
-    assert replace(base, source="elsewhere").key == base.key
+    assert replace(base, data=data | {"source": "elsewhere"}).key == base.key
 
 
 @pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")
@@ -143,9 +151,10 @@ def test_a_rate_that_blows_up_counts_as_diverged_and_the_page_says_so(text):
 def test_a_killed_comparison_goes_on_where_it_stopped(text, tmp_path):
     """SIGKILL after the first finished cell; the second call keeps it and trains the rest."""
     code = (
-        "import sys; from addnorm import CompareConfig, compare\n"
-        "compare(CompareConfig(wirings=('prenorm',), depths=(1, 2), warmups=(0,), seeds=2, dim=8,"
-        "heads=2, context=8, batch=4, steps=12, jobs=1, data=sys.argv[1]), out=sys.argv[2])"
+        "import sys; from addnorm import CompareConfig, DataConfig, GPTConfig, compare\n"
+        "compare(CompareConfig(GPTConfig(dim=8, heads=2, context=8), DataConfig(sys.argv[1]),"
+        "wirings=('prenorm',), depths=(1, 2), warmups=(0,), seeds=2, batch=4, steps=12, jobs=1),"
+        "out=sys.argv[2])"
     )
     folder = tmp_path / "c"
     process = subprocess.Popen([sys.executable, "-c", code, text, str(folder)], env=os.environ)
@@ -179,9 +188,37 @@ def test_comparisons_are_joined_when_text_and_settings_agree(text, tmp_path):
         load_comparison(tmp_path / "no.json")
 
 
-WIRING = """
-from addnorm import Wiring
+def test_image_networks_are_compared_as_text_networks_are(tmp_path):
+    """Digits, two depths, two wirings: accuracy and training loss stand in every cell."""
+    config = CompareConfig(
+        ResNetConfig(width=4),
+        wirings=("plain", "postact"),
+        depths=(8, 14),
+        rates=(0.05,),
+        warmups=(0,),
+        seeds=1,
+        steps=6,
+        batch=16,
+        optimizer="sgd",
+        jobs=1,
+    )
+    result = compare(config, out=tmp_path)
+    assert [(c["wiring"], c["depth"]) for c in result["cells"]] == [
+        (w, d) for w in ("plain", "postact") for d in (8, 14)
+    ]
+    for cell in result["cells"]:
+        assert 0 <= cell["accuracy"] <= 1
+        assert cell["training"] > 0
+        assert cell["tokens"] == 6 * 16
+        assert len(cell["start"]["connections"]) >= 1
+    again = compare(config, out=tmp_path)["cells"]
+    assert [c["losses"] for c in again] == [c["losses"] for c in result["cells"]]
 
+
+WIRING = """
+from addnorm import Wiring, register
+
+@register
 class Scaled(Wiring):
     name = "scaled-test"
     equation = "x <- x + GAIN F(x)"
@@ -202,11 +239,12 @@ class Scaled(Wiring):
 def test_a_cell_of_changed_code_is_trained_again(text, tmp_path):
     """The second version of a plug-in, in a process of its own, finds no cell of the first."""
     code = (
-        "import json, sys; from addnorm import CompareConfig, compare\n"
+        "import json, sys; from addnorm import CompareConfig, DataConfig, GPTConfig, compare\n"
         "from addnorm.plugins import load_plugins; load_plugins([sys.argv[3]])\n"
-        "r = compare(CompareConfig(wirings=('scaled-test',), depths=(1,), warmups=(0,), seeds=1,"
-        "dim=8, heads=2, context=8, batch=4, steps=4, jobs=1, data=sys.argv[1]), out=sys.argv[2],"
-        "plugins=[sys.argv[3]]); print(json.dumps([c['validation'] for c in r['cells']]))"
+        "r = compare(CompareConfig(GPTConfig(dim=8, heads=2, context=8), DataConfig(sys.argv[1]),"
+        "wirings=('scaled-test',), depths=(1,), warmups=(0,), seeds=1, batch=4, steps=4, jobs=1),"
+        "out=sys.argv[2], plugins=[sys.argv[3]])\n"
+        "print(json.dumps([c['validation'] for c in r['cells']]))"
     )
     found = []
     for gain in ("0.5", "-5.0"):

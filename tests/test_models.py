@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from addnorm.branches import Context
+from addnorm.branches import STARTS, Context
 from addnorm.models.gpt import GPT, GPTConfig
 from addnorm.models.layers import ATTENTION_PATHS, Attention, FeedForward
 from addnorm.models.mlp import MLP, MLPConfig
@@ -314,12 +314,12 @@ def test_optimiser_groups_hold_every_parameter_once(spec):
         ({"dropout": 1.0}, "dropout 1.0 must be at least 0 and less than 1"),
         (
             {"norm": "layer"},
-            "unknown norm 'layer'; did you mean 'layernorm'? (known: layernorm, rmsnorm)",
+            "unknown norm 'layer'; did you mean 'layernorm'? "
+            "(known: layernorm, rmsnorm, scalenorm, dyt, derf)",
         ),
         (
             {"start": "gpt"},
-            "unknown start 'gpt'; did you mean 'gpt2'? "
-            "(known: normal, gpt2, xavier, fairseq, he, torch)",
+            f"unknown start 'gpt'; did you mean 'gpt2'? (known: {', '.join(STARTS)})",
         ),
     ],
 )
@@ -447,11 +447,12 @@ def test_mlp_works_after_the_meta_device(spec):
         (
             {"activation": "gelutanh"},
             "unknown activation 'gelutanh'; did you mean 'gelu-tanh'? "
-            "(known: gelu, gelu-tanh, relu, tanh, sigmoid)",
+            "(known: gelu, gelu-tanh, relu, relu2, silu, tanh, sigmoid)",
         ),
         (
             {"norm": "rms"},
-            "unknown norm 'rms'; did you mean 'rmsnorm'? (known: layernorm, rmsnorm)",
+            "unknown norm 'rms'; did you mean 'rmsnorm'? "
+            "(known: batchnorm, layernorm, rmsnorm, scalenorm, dyt, derf)",
         ),
     ],
 )

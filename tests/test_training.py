@@ -176,7 +176,7 @@ def test_a_nan_loss_stops_keeps_the_last_checkpoint_and_names_the_block(text, tm
     assert run.step < 5
     _, facts = checkpoint.load_file(tmp_path / "run" / "checkpoint.safetensors")
     tensors, _ = checkpoint.load_file(tmp_path / "run" / "model.safetensors")
-    assert facts["step"] == 2
+    assert facts["step"] == 4
     assert all(torch.isfinite(t).all() for t in tensors.values())
     assert read_json(tmp_path / "run" / "summary.json")["status"] == "diverged"
     assert "First bad block:" in runs.describe_outcome(run)
@@ -210,7 +210,7 @@ def test_a_changed_corpus_is_noticed(text, tmp_path):
     model, data = small(str(own))
     train(model, data, TrainConfig(steps=2), out=tmp_path / "run", choice=EAGER)
     own.write_text(own.read_text(encoding="utf-8")[:-1] + "!", encoding="utf-8")
-    with pytest.raises(ValueError, match="is not the one that this run was trained on"):
+    with pytest.raises(ValueError, match="are not those of this run or comparison: their sha256"):
         load_run(tmp_path / "run")
 
 
@@ -243,16 +243,18 @@ def test_sampling_is_reproducible_and_follows_its_settings(text, tmp_path):
     assert sample(run, "the ", tokens=40, seed=1) != sample(run, "the ", tokens=40, seed=2)
 
 
-def test_cached_generation_equals_the_uncached_one(text):
-    """Within the window, the cache changes nothing but the time."""
+def test_several_prompts_give_what_each_gives_alone_and_streaming_gives_the_same(text):
     model, data = small(text)
-    model.eval()
-    ids = torch.tensor([data.tokenizer.encode("the ")])
-    cached = list(runs.generate(model, ids, 16, 12, 0.0, 0, 0))
-    naive = ids
-    for _ in range(12):
-        naive = torch.cat((naive, model(naive)[:, -1:].argmax(-1)), dim=1)
-    assert cached == naive[0, 4:].tolist()
+    run = train(model, data, TrainConfig(steps=20, lr=1e-2, warmup=5), choice=EAGER)
+    prompts = ["the ", "a", "the "]
+    texts = sample(run, prompts, tokens=30, top_k=9, top_p=0.9, seed=4)
+    assert texts == [
+        sample(run, p, tokens=30, top_k=9, top_p=0.9, seed=4 + i) for i, p in enumerate(prompts)
+    ]
+    for i, (prompt, whole) in enumerate(zip(prompts, texts, strict=True)):
+        streamed = list(runs.stream(run, prompt, tokens=30, top_k=9, top_p=0.9, seed=4 + i))
+        assert len(streamed) == 30
+        assert prompt + "".join(streamed) == whole
 
 
 @pytest.mark.parametrize(
@@ -263,6 +265,9 @@ def test_cached_generation_equals_the_uncached_one(text):
         ({"tokens": 0}, "tokens 0 must be at least 1"),
         ({"temperature": -1.0}, "temperature -1.0 must be at least 0"),
         ({"top_k": -1}, "top_k -1 must be at least 0"),
+        ({"top_p": 0.0}, "top_p 0.0 must be above 0 and at most 1"),
+        ({"prompt": ["the", ""]}, "prompt 2 of 2 is empty"),
+        ({"prompt": []}, "there is no prompt"),
     ],
 )
 def test_bad_sampling_settings_are_refused(text, settings, message):

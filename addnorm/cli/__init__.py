@@ -13,13 +13,14 @@ from addnorm import __version__
 
 COMMANDS = {
     "compare": "Train the same network under several wirings and depths, X-ray each, report.",
-    "train": "Train one model on text; resumes after any interruption.",
+    "train": "Train one model on text or images; resumes after any interruption.",
     "sample": "Generate text from a run.",
     "xray": "X-ray a run, or pkg.module:function returning a model and its inputs.",
     "wirings": "Show the catalogue: equation, start, paper.",
     "report": "(Re)build the HTML page from saved results.",
-    "data": "List the corpora, describe a text, or write a corpus to a file.",
+    "data": "List the corpora and image sets, describe a text, or build a corpus.",
 }
+NETWORKS = ("compare", "train")  # whose options depend on the network
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,14 +57,19 @@ def _dispatch(argv: list[str]) -> int:
         near = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"unknown command {name!r}{hint} (known: {', '.join(COMMANDS)})")
-    from addnorm.cli.parsing import parse
+    from addnorm.cli.parsing import parse, plugins_of
+    from addnorm.plugins import load_plugins
 
     command = importlib.import_module(f"addnorm.cli.{name}")
+    rest = argv[1:]
+    load_plugins(plugins_of(rest))  # before the options are read, which may name their wirings
     try:
-        options = parse(command.Options, name, COMMANDS[name], argv[1:])
+        if name in NETWORKS:
+            kind, default = command.defaults(rest)
+            return int(command.run(parse(kind, name, COMMANDS[name], rest, default)))
+        return int(command.run(parse(command.Options, name, COMMANDS[name], rest)))
     except SystemExit:  # --help of the command
         return 0
-    return int(command.run(options))
 
 
 def _overview() -> str:

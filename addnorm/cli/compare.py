@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from rich.console import Console
 
+from addnorm.cli.data import reading
+from addnorm.cli.networks import asked, word
 from addnorm.cli.parsing import Lang, emit_json, messages, results
-from addnorm.comparison import Cell, CompareConfig, CompareObserver, compare
+from addnorm.comparison import Cell, CompareConfig, CompareObserver, compare, compared
+from addnorm.data.sets import load_data
+from addnorm.models.zoo import KINDS, PRESETS
 from addnorm.reports.pages import write_comparison_page
 from addnorm.reports.terminal import LiveComparison, print_comparison
 
+Network = TypeVar("Network")
+
 
 @dataclass(frozen=True)
-class Options:
+class Options(Generic[Network]):
     """The options of `addnorm compare`."""
 
-    config: CompareConfig
+    config: CompareConfig[Network]
+    model: str = "gpt"
+    """gpt, resnet, mlp, or a known network such as babygpt-v9"""
     out: Path = Path("comparison")
     """folder of the finished cells, comparison.json and report.html; a second call resumes"""
     plugins: tuple[str, ...] = ()
@@ -28,6 +36,19 @@ class Options:
     """also write the comparison as JSON to this file; - is stdout"""
     lang: Lang = "en"
     """language of what is printed, and the page's first language"""
+
+
+def defaults(argv: Sequence[str]) -> tuple[Any, Options[Any]]:
+    """Return the options that the network of this command line has, and where they begin."""
+    given = asked(argv)
+    config = compared(given.kind or given.model)
+    if given.model in PRESETS:
+        config = replace(config, network=given.config)
+    for option, grid in (("--depth", "--depths"), ("--wiring", "--wirings")):
+        if word(argv, option):
+            raise ValueError(f"a comparison takes several; use {grid} in place of {option}")
+    kind: Any = Options
+    return kind[type(config.network)], Options(config)
 
 
 class _Live(CompareObserver):
@@ -48,12 +69,15 @@ class _Live(CompareObserver):
         self.table.finished(cell)
 
 
-def run(options: Options) -> int:
+def run(options: Options[Any]) -> int:
     """Compare, write the page, print the table and what was found."""
     console = messages()
-    live = _Live(console)
+    live, config = _Live(console), options.config
+    with reading(console) as bar:  # a long text is encoded here, once
+        context = getattr(config.network, "context", 0)
+        load_data(config.data, KINDS[config.kind].reads, context, progress=bar)
     with live.table:
-        result = compare(options.config, out=options.out, observer=live, plugins=options.plugins)
+        result = compare(config, out=options.out, observer=live, plugins=options.plugins)
     page = options.out / "report.html"
     write_comparison_page(result, page, options.lang)
     print_comparison(results(options.json), result, options.lang)

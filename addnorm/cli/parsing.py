@@ -19,7 +19,6 @@ from rich.console import Console
 
 from addnorm.contract import split_specs
 from addnorm.files import finite, write_json
-from addnorm.plugins import load_plugins
 
 Lang = Literal["en", "zh"]
 Options = TypeVar("Options")
@@ -33,9 +32,10 @@ TITLES = (
 LISTS = (int, float, str)  # what a comma list may hold
 
 
-def parse(kind: type[Options], command: str, what: str, argv: list[str]) -> Options:
+def parse(
+    kind: type[Options], command: str, what: str, argv: list[str], default: Options | None = None
+) -> Options:
     """Read the options of a command into its dataclass; one line where tyro prints a box."""
-    load_plugins(_plugins(argv))  # before the options are read, which may name their wirings
     registry = tyro.constructors.ConstructorRegistry()
 
     @registry.primitive_rule
@@ -43,7 +43,8 @@ def parse(kind: type[Options], command: str, what: str, argv: list[str]) -> Opti
         info: tyro.constructors.PrimitiveTypeInfo,
     ) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
         item, *rest = typing.get_args(info.type) or (None,)
-        if typing.get_origin(info.type) is not tuple or rest != [...] or item not in LISTS:
+        same = rest == [...] or all(other is item for other in rest)
+        if typing.get_origin(info.type) is not tuple or not same or item not in LISTS:
             return None
         return tyro.constructors.PrimitiveConstructorSpec(
             nargs="*",
@@ -63,6 +64,7 @@ def parse(kind: type[Options], command: str, what: str, argv: list[str]) -> Opti
                 prog=f"addnorm {command}",
                 description=what,
                 args=argv,
+                default=tyro.MISSING_NONPROP if default is None else default,
                 config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
                 registry=registry,
             )
@@ -94,7 +96,7 @@ def _unboxed(text: str, command: str) -> str:
     sections = [part.strip() for part in re.split(r"(?:^|\n)[─-]{4,}\n", "\n".join(rows))]
     sections = [part for part in sections if part not in ("", *TITLES)] or [""]
     message = " ".join(sections[0].split())
-    message = re.sub(r"^Error parsing \w+: ", "", message)  # our own errors, as they are
+    message = re.sub(r"^Error parsing [\w.]+: ", "", message)  # our own errors, as they are
     if message.startswith("Unrecognized options: "):
         words = message.removeprefix("Unrecognized options: ").split(", ")
         message = f"unknown option {next((w for w in words if w.startswith('-')), words[0])!r}"
@@ -134,7 +136,7 @@ def results(json_target: str, width: int = 150) -> Console:
     return Console(stderr=to_stderr, width=None if terminal else width)
 
 
-def _plugins(argv: Sequence[str]) -> list[str]:
+def plugins_of(argv: Sequence[str]) -> list[str]:
     """Return the words of `--plugins`."""
     found: list[str] = []
     for i, word in enumerate(argv):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -20,12 +20,16 @@ class Options:
     """folder of the run"""
     prompt: str = "\n"
     """text that the sample goes on from"""
+    prompts: Path | None = None
+    """file with a prompt on each line: one text each, drawn together"""
     tokens: int = 200
-    """characters to generate"""
+    """tokens to generate"""
     temperature: float = 0.8
     """0 takes the most likely character"""
     top_k: int = 0
-    """draw from so many characters; 0 is all"""
+    """draw from so many tokens; 0 is all"""
+    top_p: float = 1.0
+    """draw from the most likely tokens that hold this share of the probability"""
     seed: int = 0
     """seed of the draws"""
     json: str = ""
@@ -34,14 +38,20 @@ class Options:
 
 def run(options: Options) -> int:
     """Print the prompt and what the model writes after it, as it is drawn."""
-    pieces = runs.stream(
-        runs.load_run(options.run),
-        options.prompt,
-        tokens=options.tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        seed=options.seed,
-    )
+    loaded = runs.load_run(options.run)
+    settings: dict[str, Any] = {
+        name: getattr(options, name) for name in ("tokens", "temperature", "top_k", "top_p", "seed")
+    }
+    if options.prompts is not None:
+        prompts = [line for line in options.prompts.read_text("utf-8").splitlines() if line]
+        texts = runs.sample(loaded, prompts, **settings)
+        if options.json:
+            rows = zip(prompts, texts, strict=True)
+            emit_json([{"prompt": p, "text": t.removeprefix(p)} for p, t in rows], options.json)
+        else:
+            print("\n\n".join(texts))
+        return 0
+    pieces = runs.stream(loaded, options.prompt, **settings)
     if options.json:
         emit_json({"prompt": options.prompt, "text": "".join(pieces)}, options.json)
         return 0

@@ -2,35 +2,46 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import torch
+from rich.console import Console
 
 from addnorm import runs
+from addnorm.cli.data import reading
+from addnorm.cli.networks import Asked, asked, named
 from addnorm.cli.parsing import Lang, emit_json, messages, refuse_changes
-from addnorm.data.text import load_text
-from addnorm.models.gpt import GPTConfig
+from addnorm.data.sets import DataConfig, Dataset, load_data
+from addnorm.models.zoo import KINDS
 from addnorm.reports.progress import TrainProgress
 from addnorm.training.config import Runtime, TrainConfig
 from addnorm.training.loop import Observer, Run
 
+Network = TypeVar("Network")
+
 
 @dataclass(frozen=True)
-class Options:
+class Options(Generic[Network]):
     """The options of `addnorm train`."""
 
-    gpt: GPTConfig
+    network: Network
     training: TrainConfig
+    data: DataConfig
     runtime: Runtime
-    data: str = "pydoc"
-    """pydoc, a UTF-8 file, a folder, or a glob in quotes"""
+    model: str = ""
+    """gpt (the default), ngpt, resnet, mlp, a known network such as resnet20, or
+    pkg.module:function or file.py:function returning your own"""
+    preset: str = ""
+    """a known network trained as its authors did, such as babygpt-v9"""
+    recipe: str = ""
+    """a published way to train: he2015, he2015-warm, babygpt, babygpt-v12; options override it"""
     out: Path = Path("run")
     """folder of the run; must not hold one yet"""
     resume: Path | None = None
     """go on with the run in this folder, with its recorded settings"""
-    model: str = ""
-    """pkg.module:function or file.py:function returning your own model, (B, T) to (B, T, V)"""
     plugins: tuple[str, ...] = ()
     """modules or .py files that define wirings of your own"""
     json: str = ""
@@ -39,23 +50,29 @@ class Options:
     """language of what is printed, and the page's first language"""
 
 
+def defaults(argv: Sequence[str]) -> tuple[Any, Options[Any]]:
+    """Return the options that the network of this command line has, and where they begin."""
+    given = asked(argv)
+    images = {"batch": 64} if given.reads == "images" else {}
+    training = TrainConfig(**(images | given.recipe))
+    kind: Any = Options
+    return kind[type(given.config)], Options(given.config, training, DataConfig(), Runtime())
+
+
 class _Progress(TrainProgress, Observer):
     """The progress display as the trainer's observer."""
 
 
-def run(options: Options) -> int:
+def run(options: Options[Any]) -> int:
     """Train or resume, write the page, print the outcome."""
-    console = messages()
-    with _Progress(console) as progress:
-        if options.resume is not None:
-            folder = options.resume
-            default = Options(GPTConfig(), TrainConfig(), Runtime())
-            why = "--resume keeps the recorded settings"
-            refuse_changes(options, default, ("resume", "json", "lang"), why)
+    console, folder = messages(), options.resume or options.out
+    if options.resume is not None:
+        why = "--resume keeps the recorded settings"
+        refuse_changes(options, defaults([])[1], ("resume", "json", "lang"), why)
+        with _Progress(console) as progress:
             trained = runs.resume(folder, progress)
-        else:
-            folder = options.out
-            trained = _train(options, progress)
+    else:
+        trained = _train(options, console)
     page = runs.write_report(folder, options.lang)
     console.print(runs.describe_outcome(trained, options.lang), highlight=False, soft_wrap=True)
     emit_json(trained.summary() | {"folder": str(folder)}, options.json)
@@ -63,30 +80,39 @@ def run(options: Options) -> int:
     return 0
 
 
-def _train(options: Options, progress: _Progress) -> Run:
-    description = asdict(options.gpt)
-    if options.model:
-        default = GPTConfig(context=options.gpt.context)
-        refuse_changes(options.gpt, default, (), "--model brings its own shape")
-        description = {"function": options.model}
-    data = load_text(options.data, options.gpt.context)
-    if options.gpt.vocab_size not in (0, data.vocab_size):
-        raise ValueError(
-            f"vocab_size {options.gpt.vocab_size} is not that of {options.data!r}, "
-            f"{data.vocab_size}; leave --vocab-size out"
-        )
-    progress.lines(data.unigram, data.uniform)
+def _train(options: Options[Any], console: Console) -> Run:
+    given, network = named(options.model, options.preset, options.recipe), options.network
+    reads = KINDS[given.kind].reads if given.kind else network.reads
+    with reading(console) as bar:
+        data = load_data(options.data, reads, getattr(network, "context", 0), progress=bar)
+    if given.kind:
+        check_fit(given, network, data)
+        description = {"kind": given.kind, **asdict(network)}
+        description |= {ours: data.shape[theirs] for ours, theirs in KINDS[given.kind].fit.items()}
+    else:
+        description = {"function": given.model}
     torch.manual_seed(options.training.seed)
     model = runs.build_model(description, data)
-    if not options.model:
-        description = {"kind": "gpt", **asdict(replace(options.gpt, vocab_size=data.vocab_size))}
-    return runs.train(
-        model,
-        data,
-        options.training,
-        options.runtime,
-        out=options.out,
-        observer=progress,
-        description=description,
-        plugins=options.plugins,
-    )
+    with _Progress(console) as progress:
+        progress.lines(data.unit, data.unigram, data.uniform)
+        return runs.train(
+            model,
+            data,
+            options.training,
+            options.runtime,
+            out=options.out,
+            observer=progress,
+            description=description,
+            plugins=options.plugins,
+        )
+
+
+def check_fit(given: Asked, network: Any, data: Dataset) -> None:
+    """Raise `ValueError` where an option that the data decide was set to something else."""
+    for ours, theirs in KINDS[given.kind].fit.items():
+        value = getattr(network, ours)
+        if value not in (getattr(given.config, ours), data.shape[theirs]):
+            raise ValueError(
+                f"{ours} {value} is not that of {data.source!r}, {data.shape[theirs]}; leave "
+                f"--{ours.replace('_', '-')} out"
+            )

@@ -39,7 +39,7 @@ def run(options: Options) -> int:
     if options.html:
         write_trace_page(trace.to_dict(), Path(options.html), options.lang)
     if options.json != "-":
-        print(f"{trace.model}, {trace.wiring or 'not built with addnorm'}: {trace.blocks}")
+        print(f"{trace.model}, {trace.wiring or 'no wiring of addnorm'}: {trace.blocks}")
         print(trace.table())
     emit_json(trace.to_dict(), options.json)
     return 0 if trace.ok else 1

@@ -1,129 +1,38 @@
-"""Text corpora: find, read, encode once into a memory map, split by chunks, gather batches.
+"""Texts as data: encoded once into a memory map, split by chunks, gathered in batches.
 
-No torch here: arrays are numpy, tokens are uint16 or uint32 on disk and int64 in a batch.
-Shapes: B batch, T positions, N tokens of the corpus, V vocabulary.
+No torch here: arrays are numpy, tokens are the smallest unsigned type on disk and int64 in a batch.
+Files are read in blocks, so a text may be larger than memory.
+Shapes: B batch, T positions, N tokens of the corpus, V vocabulary, S spans.
 """
 
 from __future__ import annotations
 
-import glob
-import hashlib
+import contextlib
+import fcntl
 import math
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from addnorm.files import cache_folder, write_atomic
+from addnorm.data.corpora import BUILT_IN, Corpus, Progress, load_corpus, silent
+from addnorm.data.tokenizers import (
+    BpeTokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    Tokenizer,
+    Tokens,
+    from_dict,
+    parse_tokenizer,
+)
+from addnorm.files import cache_folder, read_json, write_atomic, write_json
 
-Tokens = NDArray[np.integer]
-
-BUILT_IN = {
-    "pydoc": "the Python language reference inside every CPython, about 465,000 characters",
-}
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """A text with a name and the sha256 of its UTF-8 bytes."""
-
-    name: str
-    text: str
-    sha256: str
-
-
-def load_corpus(source: str) -> Corpus:
-    """Return the corpus that `source` names: `pydoc`, a UTF-8 file, a folder, or a glob.
-
-    Files of a folder or glob are joined in the order of their paths, hidden ones left out.
-    Raises `ValueError` for what is missing, empty, unreadable, or not UTF-8.
-    """
-    text = _pydoc() if source == "pydoc" else "\n".join(_read(path) for path in _paths(source))
-    if not text.strip():
-        raise ValueError(f"the text {source!r} is empty; give a UTF-8 file with some text")
-    return Corpus(source, text, hashlib.sha256(text.encode()).hexdigest())
-
-
-def _pydoc() -> str:
-    from pydoc_data.topics import topics
-
-    return "\n".join(topics[name] for name in sorted(topics))
-
-
-def _paths(source: str) -> list[Path]:
-    path = Path(source).expanduser()
-    if path.is_dir():
-        found = [p for p in path.rglob("*") if not _hidden(p.relative_to(path))]
-    elif path.exists():
-        found = [path]
-    else:
-        found = [Path(p) for p in glob.glob(str(path), recursive=True)]
-    files = sorted(p for p in found if p.is_file())
-    if not files:
-        known = ", ".join(BUILT_IN)
-        raise ValueError(
-            f"no text at {source!r}; give a UTF-8 file, a folder, a glob in quotes, "
-            f"or one of: {known}"
-        )
-    return files
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 (byte {error.start} is 0x{error.object[error.start]:02x}); "
-            f"convert it, for instance with: iconv -f gb18030 -t utf-8 {path.name}"
-        ) from None
-
-
-class CharTokenizer:
-    """Characters to numbers and back; the vocabulary is every character of the corpus, sorted."""
-
-    def __init__(self, characters: Sequence[str]) -> None:
-        self.characters = list(characters)
-        self._ids = {c: i for i, c in enumerate(self.characters)}
-
-    @classmethod
-    def of(cls, text: str) -> CharTokenizer:
-        """Return the tokenizer of all the characters in `text`."""
-        return cls(sorted(set(text)))
-
-    def __len__(self) -> int:
-        return len(self.characters)
-
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`. Raises `ValueError` for a character it never saw."""
-        for position, character in enumerate(text):
-            if character not in self._ids:
-                raise ValueError(
-                    f"the character {character!r} (U+{ord(character):04X}, position {position}) is "
-                    f"not among the {len(self)} characters that this model was trained on"
-                )
-        return [self._ids[c] for c in text]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of `ids`."""
-        return "".join(self.characters[i] for i in ids)
-
-    def encode_array(self, text: str) -> Tokens:
-        """Return the ids of a corpus as the smallest unsigned array that holds them."""
-        points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-        table = np.zeros(max(map(ord, self.characters)) + 1, _dtype(len(self)))
-        table[[ord(c) for c in self.characters]] = np.arange(len(self))
-        return np.asarray(table[points])
-
-
-def _dtype(vocabulary: int) -> type[np.unsignedinteger]:
-    return np.uint16 if vocabulary <= 2**16 else np.uint32
+SAMPLE = 2**25  # bytes, about, that byte pairs are learned from
+Counts = NDArray[np.int64]
 
 
 class TextData:
@@ -133,56 +42,114 @@ class TextData:
     its tail; no training window touches a validation chunk. The batch of a step depends on
     nothing but the seed and the step, so runs with one seed see the same data in the same order.
 
-    Raises `ValueError` when the text is too short for windows of `context + 1` characters.
+    Raises `ValueError` when the text is too short for windows of `context + 1` tokens.
     """
 
     VALIDATION_EVERY = 10
+    unit = "tokens"
 
-    def __init__(self, corpus: Corpus, context: int) -> None:
+    def __init__(
+        self,
+        corpus: Corpus,
+        context: int,
+        tokenizer: str | Tokenizer = "char",
+        progress: Progress = silent,
+    ) -> None:
         self.source = corpus.name
         self.sha256 = corpus.sha256
+        self.size = corpus.size
+        self.left_out = corpus.left_out
         self.context = context
-        self.tokenizer = CharTokenizer.of(corpus.text)
-        self.tokens = _encoded(corpus, self.tokenizer)
-        window, total = context + 1, len(self.tokens)
+        with contextlib.ExitStack() as stack:
+            try:
+                folder = cache_folder() / "tokens"
+                folder.mkdir(parents=True, exist_ok=True)
+                encoded = _encoded(folder, corpus, tokenizer, progress)
+            except OSError:  # the cache saves time only; a map outlives its file
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                encoded = _encoded(folder, corpus, tokenizer, progress)
+            self.tokenizer, self.tokens, counts = encoded
+            self.training_spans, self.validation_spans = self._split()
+            held_out = self._count(self.validation_spans)
+        # Where a window may start: `_firsts` of each span, `_cumulated` windows before it.
+        self._firsts = self.training_spans[:, 0]
+        lengths = self.training_spans[:, 1] - self._firsts - context
+        self._cumulated = np.concatenate([[0], np.cumsum(lengths)])
+        self._offsets = np.arange(context + 1)
+        trained = counts - held_out + 1.0  # add one: no token has probability 0
+        self.uniform = math.log(self.vocab_size)
+        self.unigram = float(
+            -(held_out.astype(float) @ np.log(trained / trained.sum())) / held_out.sum()
+        )
+        self.bytes_per_token = float(held_out @ self.tokenizer.lengths / held_out.sum())
+        self.characters_per_token = (
+            None  # it is no text
+            if corpus.length is None
+            else float(held_out @ self.tokenizer.starts / held_out.sum())
+        )
+
+    def _split(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return where the training and the validation spans begin and end, `(S, 2)`."""
+        window, total = self.context + 1, len(self.tokens)
         chunk = max(2 * window, min(2048, total // 50))
         bounds = np.arange(0, total + 1, chunk)
         bounds[-1] = total  # the last chunk takes the remainder
-        spans = list(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True))
-        if len(spans) < 2:
+        chunks = len(bounds) - 1
+        if chunks < 2:
             raise ValueError(
-                f"the text {corpus.name!r} has {total:,} characters, too short for a context of "
-                f"{context}: it needs at least {4 * window:,}"
+                f"the text {self.source!r} has {total:,} {self.tokenizer.noun}, too short for a "
+                f"context of {self.context}: it needs at least {4 * window:,}"
             )
-        every = min(self.VALIDATION_EVERY, len(spans))
-        validation = set(range(every // 2, len(spans), every))
-        self.training_spans = _merge([s for i, s in enumerate(spans) if i not in validation])
-        self.validation_spans = [s for i, s in enumerate(spans) if i in validation]
-        # Where a window may start: `_firsts` of each span, `_cumulated` windows before it.
-        lengths = [end - begin - context for begin, end in self.training_spans]
-        self._firsts = np.array([begin for begin, _ in self.training_spans])
-        self._cumulated = np.concatenate([[0], np.cumsum(lengths)])
-        self._offsets = np.arange(window)
-        counts = self._count(self.training_spans) + 1.0  # add one: no character has probability 0
-        held_out = self._count(self.validation_spans)
-        self.uniform = math.log(self.vocab_size)
-        self.unigram = float(-(held_out @ np.log(counts / counts.sum())) / held_out.sum())
+        every = min(self.VALIDATION_EVERY, chunks)
+        held_out = np.arange(every // 2, chunks, every)
+        validation = np.stack((bounds[held_out], bounds[held_out + 1]), axis=1)
+        # Training windows may cross the chunk borders between two validation chunks.
+        begins = np.concatenate(([0], validation[:, 1]))
+        ends = np.concatenate((validation[:, 0], [total]))
+        training = np.stack((begins, ends), axis=1)
+        return training[ends > begins], validation
+
+    def _count(self, spans: NDArray[np.int64]) -> Counts:
+        """Count the tokens of the spans, `(V,)`.
+
+        The file is read, not the map, whose pages would stay in memory.
+        """
+        counts = np.zeros(self.vocab_size, np.int64)
+        assert isinstance(self.tokens, np.memmap)
+        assert self.tokens.filename is not None
+        kind = self.tokens.dtype
+        with open(self.tokens.filename, "rb") as file:
+            for group in np.array_split(spans, math.ceil(len(spans) / 256)):
+                rows = []
+                for begin, end in group.tolist():
+                    file.seek(self.tokens.offset + begin * kind.itemsize)
+                    rows.append(file.read((end - begin) * kind.itemsize))
+                counts += np.bincount(np.frombuffer(b"".join(rows), kind), minlength=len(counts))
+        return counts
 
     @property
     def location(self) -> str:
         """What finds the same corpus again, from any working directory."""
-        return self.source if self.source in BUILT_IN else os.path.abspath(self.source)
+        if self.source in BUILT_IN:
+            return self.source
+        return os.path.abspath(Path(self.source).expanduser())
 
     @property
     def vocab_size(self) -> int:
-        """The number of distinct characters, V."""
+        """The number of tokens to choose from, V."""
         return len(self.tokenizer)
 
-    def _count(self, spans: Sequence[tuple[int, int]]) -> NDArray[np.float64]:
-        counts = np.zeros(self.vocab_size)
-        for begin, end in spans:
-            counts += np.bincount(self.tokens[begin:end], minlength=self.vocab_size)
-        return counts
+    @property
+    def shape(self) -> dict[str, int]:
+        """What a model must fit."""
+        return {"vocab_size": self.vocab_size, "context": self.context}
+
+    def bits_per_byte(self, loss: float) -> float:
+        """Return a loss in nats a token as bits a byte, which compares across tokenizers.
+
+        The bytes of a token are those of the validation text on average.
+        """
+        return loss / math.log(2) / self.bytes_per_token
 
     def training_batch(self, seed: int, step: int, size: int) -> tuple[Tokens, Tokens]:
         """Return the inputs and targets `(B, T)` of one step; seed and step alone decide them."""
@@ -212,46 +179,174 @@ class TextData:
         return {
             "source": self.location,
             "sha256": self.sha256,
+            "unit": self.unit,
+            "tokenizer": self.tokenizer.name,
             "context": self.context,
+            "bytes": self.size,
             "tokens": len(self.tokens),
             "vocab_size": self.vocab_size,
             "unigram": self.unigram,
             "uniform": self.uniform,
+            "unigram_bits_per_byte": self.bits_per_byte(self.unigram),
+            "bytes_per_token": self.bytes_per_token,
+            "characters_per_token": self.characters_per_token,
+            "left_out": self.left_out,
         }
 
 
-def load_text(source: str, context: int) -> TextData:
-    """Return the data that `source` names (see `load_corpus`), for windows of `context` tokens."""
-    return TextData(load_corpus(source), context)
+def load_text(
+    source: str,
+    context: int,
+    tokenizer: str | Tokenizer = "char",
+    progress: Progress = silent,
+) -> TextData:
+    """Return the data that `source` names (see `load_corpus`), for windows of `context` tokens.
 
-
-def _merge(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Join spans that touch, so that windows may cross the chunk borders between them."""
-    merged: list[tuple[int, int]] = []
-    for begin, end in spans:
-        if merged and merged[-1][1] == begin:
-            begin = merged.pop()[0]
-        merged.append((begin, end))
-    return merged
-
-
-def _encoded(corpus: Corpus, tokenizer: CharTokenizer) -> Tokens:
-    """Return the memory map of the encoded corpus, written on the first call.
-
-    Where the cache folder cannot be written the array stays in memory: the cache saves time only.
+    `tokenizer` is `char`, `byte`, `bpe` (2,048 pieces), `bpe:VOCABULARY`, or the tokenizer of a
+    run. `progress(done, total)` is called with bytes while the text is read, and again while it
+    is encoded; a text that did not change is neither read nor encoded a second time.
+    Raises `ValueError` for an unknown tokenizer and a text that it cannot read.
     """
-    path = cache_folder() / "tokens" / f"{corpus.sha256}.char.npy"
-    if not path.exists():
-        array = tokenizer.encode_array(corpus.text)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with write_atomic(path) as file:
-                np.save(file, array)
-        except OSError:
-            return array
-    mapped: Tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    # The map is a view of a file that others may shorten; a wrong size is written anew.
-    if len(mapped) != len(corpus.text):
-        os.unlink(path)
-        return _encoded(corpus, tokenizer)
-    return mapped
+    kind = parse_tokenizer(tokenizer)[0] if isinstance(tokenizer, str) else tokenizer.name
+    corpus = load_corpus(source, binary=kind == "byte", progress=progress)
+    return TextData(corpus, context, tokenizer, progress)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Return the tokenizer of a run's `tokenizer.json`. Raises `ValueError` where it is none."""
+    try:
+        return from_dict(read_json(Path(path)))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+def _tokenizer(folder: Path, corpus: Corpus, name: str, progress: Progress) -> Tokenizer:
+    """Return the tokenizer of that name for the corpus; byte pairs are learned only once.
+
+    They are learned from the whole text, or from blocks spread evenly over a long one.
+    """
+    kind, vocabulary = parse_tokenizer(name)
+    if kind == "byte":
+        return ByteTokenizer()
+    if kind == "char":
+        return CharTokenizer(corpus.characters)
+    path = folder / f"{corpus.sha256}.bpe-{vocabulary}.json"
+    if path.exists():
+        with contextlib.suppress(ValueError):  # spoilt: learned anew
+            kept = from_dict(read_json(path))
+            if len(kept) == vocabulary:
+                return kept
+    every = math.ceil(corpus.size / SAMPLE)
+    texts = (text for i, text in enumerate(corpus.lines(progress)) if i % every == 0)
+    trained = BpeTokenizer.trained(texts, vocabulary, corpus.name)
+    write_json(path, trained.to_dict())
+    return trained
+
+
+def _encoded(
+    folder: Path, corpus: Corpus, tokenizer: str | Tokenizer, progress: Progress
+) -> tuple[Tokenizer, Tokens, Counts]:
+    """Return the tokenizer, the memory map of the encoded corpus, and how often each token comes.
+
+    The map is written on the first call, and anew where it is spoilt.
+    """
+    if isinstance(tokenizer, str):
+        tokenizer = _tokenizer(folder, corpus, tokenizer, progress)
+    path = folder / f"{corpus.sha256}.{tokenizer.digest}.npy"
+    mapped = _mapped(path, corpus, tokenizer)
+    if mapped is None:
+        with _alone(path) as file:
+            # Another process may have written it while this one waited.
+            mapped = _mapped(path, corpus, tokenizer)
+            if mapped is None:
+                _write_map(file, path, corpus, tokenizer, progress)
+        mapped = mapped or _mapped(path, corpus, tokenizer)
+    assert mapped is not None, "the map must be whole right after it was written"
+    return tokenizer, *mapped
+
+
+def _counts_path(path: Path) -> Path:
+    return path.with_suffix(".counts.npy")
+
+
+def _mapped(path: Path, corpus: Corpus, tokenizer: Tokenizer) -> tuple[Tokens, Counts] | None:
+    """Return the map and its counts, or None unless they are whole.
+
+    The map is a view of a file that others may shorten: the tokens must be as many as were
+    counted, and together as long as the text.
+    """
+    try:
+        counts = np.load(_counts_path(path), allow_pickle=False)
+        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    whole = (
+        counts.shape == (len(tokenizer),)
+        and tokens.shape == (counts.sum(),)
+        and tokens.dtype == tokenizer.dtype
+        and counts @ tokenizer.lengths == corpus.size
+    )
+    return (tokens, counts) if whole else None
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[IO[bytes]]:
+    """Open `path.partial` for writing once no other process does.
+
+    The name stays the same, so what a killed process has left is written over.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    while True:
+        with os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not _is_open_at(file, partial):
+                continue  # the process before has renamed or removed it
+            try:
+                yield file
+                return
+            finally:
+                if _is_open_at(file, partial):  # else it has become the map
+                    partial.unlink()
+
+
+def _is_open_at(file: IO[bytes], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _write_map(
+    file: IO[bytes], path: Path, corpus: Corpus, tokenizer: Tokenizer, progress: Progress
+) -> None:
+    """Write the tokens block by block to `file` and rename it to `path`, the counts beside it."""
+    counts = np.zeros(len(tokenizer), np.int64)
+    file.truncate(0)
+    _write_header(file, tokenizer, 0)
+    for array in _arrays(corpus, tokenizer, progress):
+        counts += np.bincount(array, minlength=len(counts))
+        file.write(array.data)
+    file.seek(0)
+    _write_header(file, tokenizer, int(counts.sum()))
+    file.flush()
+    os.fsync(file.fileno())
+    with write_atomic(_counts_path(path)) as beside:
+        np.save(beside, counts)
+    os.replace(path.with_name(f"{path.name}.partial"), path)
+
+
+def _write_header(file: IO[bytes], tokenizer: Tokenizer, tokens: int) -> None:
+    """Write the head of a .npy file; numpy leaves room for any number of rows in it."""
+    descr = np.lib.format.dtype_to_descr(np.dtype(tokenizer.dtype))
+    header = {"descr": descr, "fortran_order": False, "shape": (tokens,)}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
+def _arrays(corpus: Corpus, tokenizer: Tokenizer, progress: Progress) -> Iterator[Tokens]:
+    """Yield the tokens of the corpus in blocks."""
+    if isinstance(tokenizer, ByteTokenizer):
+        for block in corpus.blocks(progress):
+            yield np.frombuffer(block, np.uint8)
+    else:
+        for text in corpus.lines(progress):
+            yield tokenizer.encode_array(text)

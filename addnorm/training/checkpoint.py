@@ -64,7 +64,7 @@ def load_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 class TrainState:
-    """All that a run needs to go on bitwise: weights, AdamW's moments, generator, step."""
+    """All that a run needs to go on bitwise: weights, the optimizer's moments, generator, step."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.model = model
@@ -78,7 +78,8 @@ class TrainState:
         tensors = {f"model.{k}": v for k, v in weights(self.model).items()}
         names = self._names()
         for parameter, state in self.optimizer.state.items():
-            tensors |= {f"adam.{k}.{names[id(parameter)]}": v for k, v in state.items()}
+            kept = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+            tensors |= {f"optimizer.{k}.{names[id(parameter)]}": v for k, v in kept.items()}
         tensors["random.cpu"] = torch.get_rng_state()
         if torch.cuda.is_available():
             tensors["random.cuda"] = torch.cuda.get_rng_state()
@@ -91,7 +92,7 @@ class TrainState:
         load_weights(self.model, own, path)
         parameters = dict(self.model.named_parameters())
         for key, value in tensors.items():
-            if key.startswith("adam."):
+            if key.startswith("optimizer."):
                 _, moment, name = key.split(".", 2)
                 parameter = parameters[name]
                 # `step` stays on the CPU unless the optimizer is fused on a GPU.

@@ -1,7 +1,8 @@
-"""The training loop: AdamW, warm-up, decay, clipping, evaluation, checkpoints, resume.
+"""The training loop: optimizer, warm-up, decay, clipping, evaluation, checkpoints, resume.
 
-It knows no model and no wiring by name. A model maps an int64 batch `(B, T)` to logits
-`(B, T, V)`; where it has `parameter_groups` and `choices` the loop asks them.
+It knows no model and no wiring by name. A model maps tokens `(B, T)` to logits `(B, T, V)` or
+images `(B, C, H, W)` to logits `(B, V)`; where it has `parameter_groups`, `choices` and
+`after_step` the loop asks them.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -37,13 +39,28 @@ class Data(Protocol):
     def validation_batches(self, size: int, batches: int) -> Iterator[tuple[Any, Any]]:
         """Yield the same validation batches at every call."""
 
+    @property
+    def unit(self) -> str:
+        """What an example is: `tokens`, or `images`, of which an evaluation takes all."""
+
 
 @runtime_checkable
 class Grouped(Protocol):
     """A model that says how the optimiser treats its parameters."""
 
-    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Return optimiser groups with `params`, `weight_decay` and `lr_scale`."""
+    def parameter_groups(self, weight_decay: float, every: bool = False) -> list[dict[str, Any]]:
+        """Return optimiser groups with `params`, `weight_decay` and `lr_scale`.
+
+        Matrices decay, with `every` vectors too, unless the model says otherwise of a parameter.
+        """
+
+
+@runtime_checkable
+class Constrained(Protocol):
+    """A model whose parameters are put back in place after every step, such as on a sphere."""
+
+    def after_step(self) -> None:
+        """Put the parameters in place; called before the first step too."""
 
 
 class Observer:
@@ -55,8 +72,25 @@ class Observer:
     def step(self, step: int, steps: int, loss: float, rate: float, left: float) -> None:
         """Hear the loss at a step, tokens per second and seconds left."""
 
-    def evaluation(self, step: int, loss: float) -> None:
-        """Hear the validation loss after `step` steps."""
+    def evaluation(self, step: int, loss: float, accuracy: float) -> None:
+        """Hear validation loss and, of images, accuracy (else NaN) after `step` steps."""
+
+
+class Evaluation(NamedTuple):
+    """A validation: loss in nats, and for images the shares that were right, else NaN."""
+
+    step: int
+    loss: float
+    seconds: float
+    accuracy: float = math.nan  # the label has the largest logit
+    top5: float = math.nan  # the label is among the five largest
+
+    def row(self) -> dict[str, Any]:
+        """Return the line of `metrics.jsonl`."""
+        row = {"step": self.step, "validation": self.loss, "seconds": self.seconds}
+        if math.isfinite(self.accuracy):
+            row |= {"accuracy": self.accuracy, "top5": self.top5}
+        return row
 
 
 @dataclass
@@ -72,16 +106,24 @@ class Run:
     step: int = 0
     seconds: float = 0.0  # spent in steps, without evaluations and checkpoints
     losses: list[float] = field(default_factory=list)  # by step
-    evaluations: list[tuple[int, float, float]] = field(default_factory=list)  # step, loss, seconds
-    tokens: int = 0
+    evaluations: list[Evaluation] = field(default_factory=list)
+    tokens: int = 0  # or images
     failed_batch: tuple[Tensor, Tensor] | None = None  # what made the loss non-finite
 
     @property
     def validation(self) -> float:
         """The last validation loss in nats; NaN when the run diverged."""
         return (
-            self.evaluations[-1][1] if self.evaluations and self.status != "diverged" else math.nan
+            self.evaluations[-1].loss
+            if self.evaluations and self.status != "diverged"
+            else math.nan
         )
+
+    @property
+    def training_loss(self) -> float:
+        """The mean loss of the last tenth of the steps; NaN before the first one."""
+        last = self.losses[-max(1, len(self.losses) // 10) :]
+        return sum(last) / len(last) if last else math.nan
 
     def summary(self) -> dict[str, Any]:
         """Return the facts that stand at the end of a run."""
@@ -89,15 +131,27 @@ class Run:
             "status": self.status,
             "step": self.step,
             "validation": self.validation,
+            "training": self.training_loss,
             "seconds": self.seconds,
             "tokens_per_second": self.tokens / self.seconds if self.seconds else 0.0,
+            **(
+                {k: v for k, v in self.evaluations[-1].row().items() if k in ("accuracy", "top5")}
+                if self.evaluations
+                else {}
+            ),
         }
 
 
 def cross_entropy(output: Any, targets: Tensor) -> Tensor:
     """Return the mean cross-entropy in nats of logits `(..., V)`, or of `output.logits`."""
-    logits: Tensor = output if isinstance(output, Tensor) else output.logits
+    logits = logits_of(output)
     return F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), targets.reshape(-1))
+
+
+def logits_of(output: Any) -> Tensor:
+    """Return the logits `(..., V)`: the output itself, or its `logits`."""
+    logits: Tensor = output if isinstance(output, Tensor) else output.logits
+    return logits
 
 
 def to_device(batch: tuple[Any, Any], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -106,14 +160,15 @@ def to_device(batch: tuple[Any, Any], device: torch.device) -> tuple[Tensor, Ten
     return inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Return AdamW over the model's own groups, or over matrices (decay) and the rest."""
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """Return the optimizer over the model's own groups, or over matrices and the rest."""
+    every = config.decay == "all"
     if isinstance(model, Grouped):
-        groups = model.parameter_groups(config.weight_decay)
+        groups = model.parameter_groups(config.weight_decay, every)
     else:
         trained = [p for p in model.parameters() if p.requires_grad]
-        decayed = [p for p in trained if p.dim() >= 2]
-        rest = [p for p in trained if p.dim() < 2]
+        decayed = [p for p in trained if every or p.dim() >= 2]
+        rest = [p for p in trained if not every and p.dim() < 2]
         groups = [
             {"params": decayed, "weight_decay": config.weight_decay, "lr_scale": 1.0},
             {"params": rest, "weight_decay": 0.0, "lr_scale": 1.0},
@@ -121,24 +176,36 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     groups = [g for g in groups if g["params"]]
     if not groups:
         raise ValueError("the model has no parameter that requires a gradient")
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), fused=True)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.betas[0], fused=True)
+    groups = [{**g, "eps": 1e-8 * g.get("eps_scale", 1.0)} for g in groups]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
 
 
 @torch.no_grad()
-def evaluate(run: Run) -> float:
-    """Return the mean cross-entropy in nats over the validation batches, in evaluation mode."""
+def evaluate(run: Run) -> Evaluation:
+    """Return the mean loss over the validation batches, in evaluation mode; of images over all."""
     model, config = run.model, run.config
     device = next(model.parameters()).device
-    total, count = 0.0, 0
+    images = run.data.unit == "images"
+    batches = sys.maxsize if images else config.eval_batches
+    total, right, among, count = 0.0, 0, 0, 0
     training = model.training
     model.eval()
     with run.choice.autocast(device):
-        for batch in run.data.validation_batches(config.batch, config.eval_batches):
+        for batch in run.data.validation_batches(config.batch, batches):
             inputs, targets = to_device(batch, device)
-            total += cross_entropy(model(inputs), targets).item() * targets.numel()
+            output = model(inputs)
+            total += cross_entropy(output, targets).item() * targets.numel()
             count += targets.numel()
+            if images:
+                logits = logits_of(output)
+                best = logits.topk(min(5, logits.shape[-1])).indices == targets[:, None]  # (B, 5)
+                right += int(best[:, 0].sum())
+                among += int(best.sum())
     model.train(training)
-    return total / count
+    shares = (right / count, among / count) if images else ()
+    return Evaluation(run.step, total / count, run.seconds, *shares)
 
 
 def train_loop(
@@ -166,6 +233,8 @@ def train_loop(
     device, threads = pick_device(runtime.device), torch.get_num_threads()
     torch.manual_seed(config.seed)
     model.to(device).train()
+    if isinstance(model, Constrained):
+        model.after_step()
     optimizer = make_optimizer(model, config)
     first = to_device(data.training_batch(config.seed, 0, config.batch), device)
 
@@ -239,6 +308,8 @@ def _steps(
         bad = ~torch.isfinite(norm + loss.detach())
         setattr(optimizer, "found_inf", bad.float())  # noqa: B010  # what GradScaler sets
         optimizer.step()
+        if isinstance(run.model, Constrained):
+            run.model.after_step()
         optimizer.zero_grad(set_to_none=True)
         run.step += 1
         run.tokens += batch[1].numel()
@@ -279,9 +350,9 @@ def _read(run: Run, waiting: list[_Taken], writer: _Writer) -> bool:
 
 
 def _evaluate(run: Run, observer: Observer) -> None:
-    loss = evaluate(run)
-    run.evaluations.append((run.step, loss, run.seconds))
-    observer.evaluation(run.step, loss)
+    found = evaluate(run)
+    run.evaluations.append(found)
+    observer.evaluation(found.step, found.loss, found.accuracy)
 
 
 class _Writer:
@@ -305,8 +376,7 @@ class _Writer:
     def flush(self) -> None:
         """Append what is pending to `metrics.jsonl`."""
         folder, run = self.run.folder, self.run
-        for step, loss, seconds in run.evaluations[self.written :]:
-            self.pending.append(json_line({"step": step, "validation": loss, "seconds": seconds}))
+        self.pending += [json_line(found.row()) for found in run.evaluations[self.written :]]
         self.written = len(run.evaluations)
         if folder is not None:
             with open(folder / "metrics.jsonl", "ab", buffering=0) as file:
@@ -347,7 +417,14 @@ class _Writer:
         write_text(run.folder / "metrics.jsonl", "".join(map(json_line, kept)))
         run.losses = [r["loss"] for r in kept if "loss" in r]
         run.evaluations = [
-            (r["step"], r["validation"], r["seconds"]) for r in kept if "validation" in r
+            Evaluation(
+                r["step"],
+                r["validation"],
+                r["seconds"],
+                *(r[k] for k in ("accuracy", "top5") if k in r),
+            )
+            for r in kept
+            if "validation" in r
         ]
         self.written = len(run.evaluations)
 
