@@ -64,7 +64,8 @@ class Neighbours:
     ALLOWED = 0.05  # foreign CPU seconds by second of wall time in a turn that counts
     PATIENCE = 600.0  # seconds that a benchmark waits for quiet, all in all
 
-    def __init__(self) -> None:
+    def __init__(self, patience: float = PATIENCE) -> None:
+        self.patience = patience
         self.waited = 0.0
         self.repeated = 0
         self.spoiled = 0  # turns that were taken as they were, because patience had ended
@@ -80,7 +81,7 @@ class Neighbours:
 
     def wait(self) -> None:
         """Wait until others leave the cores alone for a quarter of a second."""
-        while self.waited < self.PATIENCE:
+        while self.waited < self.patience:
             _, share = self.foreign(_quarter)
             if share <= self.ALLOWED:
                 return
@@ -95,7 +96,7 @@ class Neighbours:
             if share <= self.ALLOWED:
                 return seconds
             self.waited += time.perf_counter() - began
-            if self.waited >= self.PATIENCE:
+            if self.waited >= self.patience:
                 self.spoiled += 1
                 return seconds
             self.repeated += 1
@@ -121,7 +122,7 @@ def _cpu_seconds() -> tuple[float, float]:
             with contextlib.suppress(OSError):  # it has ended
                 fields = path.read_text().rsplit(")", 1)[1].split()
                 if int(fields[2]) == group:
-                    own += int(fields[11]) + int(fields[12])
+                    own += sum(map(int, fields[11:15]))  # with its ended children
     except OSError:  # not Linux
         return 0.0, 0.0
     per_second = os.sysconf("SC_CLK_TCK")

@@ -44,7 +44,8 @@ from reference import ReferenceGPT, sample_batch
 from reference import train as train_reference
 from torch import nn
 
-from addnorm.data.text import Corpus, TextData, load_corpus
+from addnorm.data.corpora import Corpus, load_corpus
+from addnorm.data.text import TextData
 from addnorm.models.gpt import GPT, GPTConfig
 from addnorm.runs import train
 from addnorm.training.config import Runtime, TrainConfig
@@ -93,7 +94,7 @@ def text_of_65(context: int) -> TextData:
     text = load_corpus("pydoc").text
     kept = {character for character, _ in Counter(text).most_common(VOCABULARY - 1)}
     text = "".join(c if c in kept else "\x00" for c in text)
-    data = TextData(Corpus("pydoc65", text, f"pydoc65-{len(text)}"), context)
+    data = TextData(Corpus.of("pydoc65", text), context)
     assert data.vocab_size == VOCABULARY, data.vocab_size
     return data
 

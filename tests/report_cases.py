@@ -55,6 +55,8 @@ def make_cell(wiring, depth, seed, loss, *, warmup=0, lr=0.002, slope=0.0, simil
         "seed": seed,
         "status": status,
         "validation": loss,
+        "training": None if loss is None else loss - 0.05,
+        "accuracy": None,
         "parameters": 10_000 + 28_000 * depth,
         "flops_per_token": 1e5 * depth,
         "tokens": 512 * steps,
@@ -83,12 +85,8 @@ def make_result(cells, **changes):
         "seeds": len({c["seed"] for c in cells}),
         "steps": 250,
         "batch": 16,
-        "dim": 48,
-        "heads": 4,
-        "context": 32,
-        "data": "pydoc",
-        "norm": "layernorm",
-        "start": "",
+        "network": {"dim": 48, "heads": 4, "context": 32, "norm": "layernorm", "start": ""},
+        "data": {"data": "pydoc", "tokenizer": "char"},
         "precision": "float32",
     }
     result = {
@@ -106,6 +104,7 @@ def make_result(cells, **changes):
             "measured": [{"choice": "float32, eager", "seconds": 0.0123, "loss": 4.6}],
         },
         "data": {
+            "unit": "tokens",
             "source": "pydoc",
             "sha256": "5f" * 32,
             "context": 32,

@@ -2,15 +2,27 @@
 
 import copy
 import math
+import sys
 
 import pytest
 import torch
 from torch import nn
 
-from addnorm import GPT, MLP, GPTConfig, MLPConfig, Stack, Trace, Wiring, contract, xray
+from addnorm import (
+    GPT,
+    MLP,
+    GPTConfig,
+    MLPConfig,
+    Stack,
+    Trace,
+    Wiring,
+    contract,
+    register,
+    xray,
+)
 from addnorm.files import finite
 from addnorm.probe.trace import Connection
-from addnorm.probe.vitals import _similarity
+from addnorm.probe.vitals import effective_rank, similarity
 
 VOCABULARY = 11
 
@@ -56,7 +68,7 @@ def naive(model, wiring, inputs, targets):
             skip, update = x, c.branch(x, None_context())
             x = c.norm(skip + update)
         elif wiring == "prenorm":
-            skip, update = x, c.branch(c.norm(x), None_context())
+            skip, update = x, c.branch(c.norm_in(x), None_context())
             x = skip + update
         elif wiring == "sandwich":
             skip, update = x, c.norm_out(c.branch(c.norm_in(x), None_context()))
@@ -68,7 +80,7 @@ def naive(model, wiring, inputs, targets):
             skip, update = x, c.alpha * c.branch(x, None_context())
             x = skip + update
         else:
-            skip, update = x, c.gamma * c.branch(c.norm(x), None_context())
+            skip, update = x, c.gamma * c.branch(c.norm_in(x), None_context())
             x = skip + update
         shares.append(math.nan if skip is None else rms(update) / rms(skip))
         streams.append(x)
@@ -138,8 +150,8 @@ def test_token_similarity_is_the_mean_cosine_between_positions():
         for j in range(5)
         if i != j
     ]
-    assert _similarity(x) == pytest.approx(torch.stack(cosines).mean().item(), abs=1e-6)
-    assert _similarity(torch.ones(2, 4, 3)) == pytest.approx(1.0)
+    assert float(similarity(x)) == pytest.approx(torch.stack(cosines).mean().item(), abs=1e-6)
+    assert float(similarity(torch.ones(2, 4, 3))) == pytest.approx(1.0)
 
 
 def test_plain_shrinks_the_gradient_and_prenorm_does_not():
@@ -224,27 +236,31 @@ def test_nothing_changes_by_looking(fails):
 def test_a_foreign_block_is_found_by_itself():
     model, x = Foreign(), torch.randn(8, 3)
     trace = xray(model, x, torch.arange(8) % 5)
-    assert trace.blocks == "4 blocks of class Block (blocks.*)"
-    assert [c.name for c in trace.connections] == [f"blocks.{i}" for i in range(4)]
+    assert trace.blocks == "4 connections found by their additions"
+    assert [c.name for c in trace.connections] == [f"blocks.{i}.inner" for i in range(4)]
+    assert [c.block for c in trace.connections] == [f"blocks.{i}" for i in range(4)]
     h = model.lift(x)
     update = model.blocks[0].inner(model.blocks[0].norm(h))
     assert trace.connections[0].branch_share == pytest.approx(rms(update) / rms(h), rel=1e-5)
 
 
 @pytest.mark.parametrize(
-    "model",
+    ("model", "count"),
     [
-        nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 3),
-        nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3))),
-        torch.compile(
-            nn.Sequential(*(nn.Sequential(nn.Linear(8, 8)) for _ in range(3))), backend="eager"
+        (nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 3), 6),
+        (nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3))), 3),
+        (
+            torch.compile(
+                nn.Sequential(*(nn.Sequential(nn.Linear(8, 8)) for _ in range(3))), backend="eager"
+            ),
+            3,
         ),
     ],
     ids=["encoder", "plain", "compiled"],
 )
-def test_common_modules_work_as_they_are(model):
+def test_common_modules_work_as_they_are(model, count):
     trace = xray(model, torch.randn(2, 5, 8))
-    assert len(trace.connections) == 3
+    assert len(trace.connections) == count
     assert all(c.gradient_after > 0 for c in trace.connections)
 
 
@@ -271,7 +287,7 @@ def test_blocks_override_the_search_and_a_wrong_name_is_answered():
     ):
         xray(Foreign(), torch.randn(4, 3), blocks="layers.*")
     with pytest.raises(
-        ValueError, match="Linear has no repeated block that holds modules; name the blocks"
+        ValueError, match=r"Linear has no residual addition and no repeated block .* name the"
     ):
         xray(nn.Linear(2, 2), torch.randn(1, 2))
 
@@ -292,7 +308,7 @@ def poison(model, name):
     [
         ("token.weight", "the input of stack.connections.0"),
         ("stack.connections.2.branch.qkv.weight", "stack.connections.2"),
-        ("stack.connections.5.norm.weight", "stack.connections.5"),
+        ("stack.connections.5.norm_in.weight", "stack.connections.5"),
         ("head.weight", "stack.connections.5"),
     ],
 )
@@ -311,7 +327,7 @@ def test_a_trace_survives_its_file(tmp_path):
     assert finite(again.to_dict()) == finite(trace.to_dict())
     assert str(again) == str(trace)
     (tmp_path / "u.json").write_text('{"connections": [], "schema": 99}')
-    with pytest.raises(ValueError, match="trace of schema 99; this version reads 1"):
+    with pytest.raises(ValueError, match="trace of schema 99; this version reads 2"):
         Trace.load(tmp_path / "u.json")
 
 
@@ -387,6 +403,7 @@ def test_the_addition_is_seen_however_it_is_spelled(joined, update):
 def test_the_gradient_of_a_carried_tensor_is_that_at_this_depth():
     """A stream of two tensors whose first is only carried: earlier readers do not count here."""
 
+    @register
     class Carry(Wiring):
         name = "carry-test"
         equation = paper = at_start = "x <- x + F(x) + x0 / 2"
@@ -445,3 +462,209 @@ def test_a_dict_with_a_loss_is_read_like_an_object_with_one():
     one, two = xray(Model(dict), x), xray(Model(Answer), x)
     assert one.loss_kind == two.loss_kind == "the model's own loss"
     assert finite(one.to_dict()) == finite(two.to_dict())
+
+
+# -- what goes beyond sizes --------------------------------------------------------------------
+
+
+class Residual(nn.Module):
+    """Two connections with a branch that is not symmetric; one sample of one position."""
+
+    def __init__(self, skip=1.0, dim=4):
+        super().__init__()
+        torch.manual_seed(0)
+        self.skip = skip
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(dim, dim), nn.Tanh(), nn.Linear(dim, dim)) for _ in range(2)
+        )
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = self.skip * x + block(x)
+        return x
+
+
+@pytest.mark.parametrize("skip", [1.0, 0.5])
+def test_gains_estimate_the_full_jacobian(skip):
+    """The mean over seeds of the one probe is the trace and the norm of the whole Jacobian."""
+    model, x = Residual(skip), torch.randn(1, 4)
+    seeds = range(400)
+    rows = [xray(model, x, seed=s).connections[1] for s in seeds]
+    middle = skip * x + model.blocks[0](x)
+    jacobian = torch.autograd.functional.jacobian(
+        lambda h: skip * h + model.blocks[1](h), middle
+    ).reshape(4, 4)
+    spread = jacobian.norm().item() / 2  # of one probe with 4 entries, generously
+    gains = torch.tensor([c.identity_gain for c in rows])
+    assert gains.mean().item() == pytest.approx(
+        jacobian.trace().item() / 4, abs=4 * spread / len(seeds) ** 0.5
+    )
+    squares = torch.tensor([c.gain_backward**2 for c in rows])
+    wanted = jacobian.square().sum().item() / 4
+    assert squares.mean().item() == pytest.approx(wanted, rel=0.15)
+    assert [c.gain_forward for c in rows] == pytest.approx([c.gain_backward for c in rows])
+
+
+def test_one_probe_is_the_vector_jacobian_product():
+    model, x = Residual(), torch.randn(3, 4)
+    found = xray(model, x, seed=5).connections[0]
+    v = torch.randn(3, 4, generator=torch.Generator().manual_seed(5 * 1_000_003))
+    leaf = x.clone().requires_grad_()
+    (pulled,) = torch.autograd.grad(leaf + model.blocks[0](leaf), leaf, v)
+    assert found.identity_gain == pytest.approx(((pulled * v).sum() / v.square().sum()).item())
+    assert found.gain_backward == pytest.approx((pulled.norm() / v.norm()).item())
+
+
+def test_a_lost_skip_has_no_identity_gain():
+    """Where the sum is of the branch with itself there is no connection, and the block says so."""
+    torch.manual_seed(0)
+
+    class Lost(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Sequential(nn.Linear(64, 64)) for _ in range(3))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x)
+                x = x + x
+            return x
+
+    trace = xray(Lost(), torch.randn(8, 64))
+    assert [c.kind for c in trace.connections] == ["block"] * 3
+    assert all(abs(c.identity_gain) < 0.1 for c in trace.connections)
+    assert "taken whole (no residual addition was seen in it)" in str(trace.coverage)
+
+
+def test_rank_cosines_and_dead_units():
+    rank_one = torch.outer(torch.randn(6), torch.randn(5))
+    assert float(effective_rank(rank_one)) == pytest.approx(1.0)
+    assert float(effective_rank(torch.eye(5))) == pytest.approx(5.0)
+    x = torch.randn(2, 50, 9)
+    s = torch.linalg.svdvals(x.reshape(100, 9)) ** 2
+    assert float(effective_rank(x)) == pytest.approx((s.sum() ** 2 / (s**2).sum()).item(), rel=1e-5)
+
+    class Dead(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return x + self.f(x) * torch.tensor([1.0, 0.0, 0.0, 1.0])
+
+    torch.manual_seed(0)
+    model, x = Dead(), torch.randn(7, 4)
+    found = xray(model, x).connections[0]
+    update = model.f(x) * torch.tensor([1.0, 0.0, 0.0, 1.0])
+    flat = torch.cosine_similarity(x.flatten(), update.flatten(), dim=0)
+    assert found.dead_units == 0.5
+    assert found.branch_cosine == pytest.approx(flat.item(), abs=1e-6)
+    assert found.stream_cosine == pytest.approx(
+        torch.cosine_similarity(x, x + update, dim=-1).mean().item(), abs=1e-6
+    )
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_foreign_gradients_equal_autograd(frozen):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True, dropout=0.0)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    x = torch.randn(2, 5, 8)
+    trace = xray(model.requires_grad_(not frozen), x, loss=lambda out, _: out.square().sum())
+    h = x.clone().requires_grad_()
+    streams, updates = [h], []
+    for block in model.layers:
+        for f in (
+            lambda y, b=block: b._sa_block(b.norm1(y), None, None),
+            lambda y, b=block: b._ff_block(b.norm2(y)),
+        ):
+            updates.append(f(streams[-1]))
+            streams.append(streams[-1] + updates[-1])
+    gradients = torch.autograd.grad(streams[-1].square().sum(), streams)
+    c = trace.connections
+    assert [r.stream_before for r in c] == pytest.approx([rms(s) for s in streams[:-1]], rel=1e-5)
+    assert [r.branch_share for r in c] == pytest.approx(
+        [rms(u) / rms(s) for u, s in zip(updates, streams, strict=False)], rel=1e-5
+    )
+    assert [r.gradient_before for r in c] == pytest.approx(
+        [rms(g) for g in gradients[:-1]], rel=1e-4
+    )
+    assert [r.gradient_after for r in c] == pytest.approx([rms(g) for g in gradients[1:]], rel=1e-4)
+
+
+def test_half_precision_is_summed_in_float32():
+    """60,000 squares of 300 overflow float16; the RMS does not."""
+    torch.manual_seed(0)
+    model = Residual(dim=8).half()
+    x = torch.full((8, 8), 300.0, dtype=torch.float16)
+    first = xray(model, x, loss=lambda out, _: out.float().mean()).connections[0]
+    assert first.stream_before == pytest.approx(300)
+    assert math.isfinite(first.gradient_before)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert len(xray(Residual(), torch.randn(3, 4)).connections) == 2
+
+
+def test_several_streams_are_measured_over_all():
+    torch.manual_seed(0)
+    model, x = gpt("frac"), batch()
+    model = gpt("mhc")
+    found = xray(model, *x).connections
+    assert all(-1 <= c.streams_cosine <= 1 for c in found)
+    assert all(c.identity_gain > 0.5 for c in found)
+
+
+def test_every_part_is_told_and_an_unknown_look_is_answered():
+    told = []
+    xray(Residual(), torch.randn(2, 4), progress=lambda done, total: told.append((done, total)))
+    assert told == [(1, 2), (2, 2)]
+    with pytest.raises(ValueError, match="unknown deeper look 'leson'"):
+        xray(Residual(), torch.randn(2, 4), deep=("leson",))
+
+
+def test_pandas_is_asked_for_by_name(monkeypatch):
+    trace = xray(Residual(), torch.randn(2, 4))
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ValueError, match="needs pandas: pip install pandas"):
+        trace.to_pandas()
+
+
+# -- wrapped models, in two processes ----------------------------------------------------------
+
+
+def wrapped_worker(rank, path, kind):
+    """The X-ray of a wrapped model is that of the plain one, and the model trains on."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True, dropout=0.0)
+    foreign = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+    own = gpt("prenorm")
+    fields = ["stream_before", "stream_after", "gradient_before", "gradient_after", "branch_share"]
+    fields += ["identity_gain"] if kind == "ddp" else []
+    for model, parts, x in (
+        (foreign, list(foreign.layers), torch.randn(2, 5, 8)),
+        (own, list(own.stack), batch()[0]),
+    ):
+        plain = xray(model, x)
+        if kind == "ddp":
+            model = DistributedDataParallel(model)
+        else:
+            for part in (*parts, model):
+                fully_shard(part)
+        found = xray(model, x)
+        for a, b in zip(plain.connections, found.connections, strict=True):
+            for field in fields:
+                assert getattr(a, field) == pytest.approx(getattr(b, field), rel=1e-4), field
+        model(x).sum().backward()
+        assert all(p.grad is not None for p in model.parameters())
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_wrapped_models_in_two_processes(kind, tmp_path):
+    torch.multiprocessing.spawn(wrapped_worker, args=(tmp_path / "store", kind), nprocs=2)

@@ -8,13 +8,21 @@ from __future__ import annotations
 
 import math
 import typing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from addnorm.files import read_json, write_json
+from addnorm.probe.structure import Coverage
 
-SCHEMA = 1
+if TYPE_CHECKING:
+    from altair import VConcatChart
+    from pandas import DataFrame  # type: ignore[import-untyped,unused-ignore]
+    from rich.console import RenderableType
+
+    from addnorm.probe.trace_comparison import TraceComparison
+
+SCHEMA = 2
 UNDERFLOW = 1e-45  # a gradient of exactly 0 counts as the smallest float32 in the slope
 
 
@@ -30,6 +38,8 @@ class Finding:
     why: str
     remedy: str
     source: str
+    why_zh: str = ""  # in Chinese
+    remedy_zh: str = ""
 
 
 @dataclass(frozen=True)
@@ -43,7 +53,19 @@ class Connection:
     gradient_before: float  # RMS of dLoss/dstream where it enters
     gradient_after: float  # RMS of dLoss/dstream where it leaves
     token_similarity: float  # mean cosine between positions of the stream that leaves
-    non_finite: int  # NaN or infinite values in the stream that leaves and in its gradient
+    non_finite: int  # NaN or infinite values in the stream that leaves and in the gradients
+    non_finite_gradient: int = 0  # those of them on the way back
+    block: str = ""  # the block that it lies in
+    kind: str = ""  # wiring, add, or block (taken whole)
+    projected: bool = False  # whether the skip goes through a projection of its own
+    branch_cosine: float = math.nan  # cosine between what is added and what it is added to
+    stream_cosine: float = math.nan  # mean over positions, between the stream before and after
+    identity_gain: float = math.nan  # E[v.Jv]/E[v.v], J of the connection: 0 for a lost skip
+    gain_forward: float = math.nan  # sqrt(E|Jv|^2/E|v|^2)
+    gain_backward: float = math.nan  # sqrt(E|J'v|^2/E|v|^2)
+    effective_rank: float = math.nan  # (sum s^2)^2 / sum s^4 over the singular values s
+    dead_units: float = math.nan  # share of the branch's features that are 0 in the whole batch
+    streams_cosine: float = math.nan  # mean cosine between the streams, where there are several
 
 
 @dataclass(frozen=True)
@@ -57,6 +79,8 @@ class Trace:
     loss_kind: str  # which loss the gradients belong to
     connections: tuple[Connection, ...]
     findings: tuple[Finding, ...] = ()
+    coverage: Coverage | None = None  # what discovery saw, what fell back and why
+    deep: dict[str, Any] = field(default_factory=dict)  # results of the deeper looks, by name
     schema: int = field(default=SCHEMA)
 
     @property
@@ -100,7 +124,8 @@ class Trace:
             "stream_growth": self.stream_growth,
             "token_similarity": self.token_similarity,
         }
-        return asdict(self) | derived
+        looks = {k: v if isinstance(v, dict) else v.to_dict() for k, v in self.deep.items()}
+        return asdict(replace(self, deep={})) | derived | {"deep": looks}
 
     @classmethod
     def from_dict(cls, facts: dict[str, Any]) -> Trace:
@@ -111,51 +136,81 @@ class Trace:
             Connection(**typing.cast(Any, {k: math.nan if v is None else v for k, v in c.items()}))
             for c in facts["connections"]
         )
-        findings = tuple(Finding(**f) for f in facts["findings"])
+        seen = facts.get("coverage")
+        if seen is not None:
+            lists = {k: tuple(seen.get(k, ())) for k in ("notes", "doubled")}
+            seen = Coverage(**seen | lists)
         loss = math.nan if facts["loss"] is None else facts["loss"]
         plain = {k: facts[k] for k in ("model", "wiring", "blocks", "loss_kind")}
-        return cls(**plain, loss=loss, connections=connections, findings=findings)
+        return cls(
+            **plain,
+            loss=loss,
+            connections=connections,
+            findings=tuple(Finding(**f) for f in facts["findings"]),
+            coverage=seen,
+            deep=facts.get("deep", {}),
+        )
 
-    def save(self, path: str | Path) -> None:
-        """Write the trace as JSON, or as one HTML page where the name ends in `.html`."""
+    def save(self, path: str | Path, lang: str = "en") -> None:
+        """Write the trace as JSON, or as one HTML page where the name ends in `.html`.
+
+        The page holds English and Chinese; `lang`, `en` or `zh`, is what it shows first.
+        """
         if Path(path).suffix == ".html":
             from addnorm.reports.pages import write_trace_page
 
-            write_trace_page(self.to_dict(), Path(path))
+            write_trace_page(self.to_dict(), Path(path), lang)
         else:
             write_json(Path(path), self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> Trace:
-        """Read a trace from JSON."""
+        """Read a trace from JSON. Raises `ValueError` where the file holds none, or a torn one."""
         facts = read_json(Path(path))
-        if not isinstance(facts, dict) or "connections" not in facts:
+        if not isinstance(facts, dict) or not facts.get("connections"):
             raise ValueError(f"{path} holds no trace")
-        return cls.from_dict(facts)
+        try:
+            return cls.from_dict(facts)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} holds no whole trace: {error}") from None
 
-    def table(self) -> str:
-        """Return the vitals as an aligned text table, first connection on top."""
-        head = ("#", "connection", "stream", "share", "gradient", "similarity")
-        rows = [
-            (str(i), c.name, *map(_short, vitals), f"{c.token_similarity:.3f}")
-            for i, c in enumerate(self.connections)
-            for vitals in [(c.stream_after, c.branch_share, c.gradient_after)]
-        ]
-        widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-        lines = [
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True))
-            for row in [head, *rows]
-        ]
-        lines.append(
-            f"gradient slope {self.gradient_slope:+.2f} decades per 10 connections, stream growth "
-            f"{self.stream_growth:.3g}x, loss {self.loss:.4g} ({self.loss_kind})"
-        )
-        lines += [f"{f.severity}: {f.code} at {f.where}: {f.why} {f.remedy}" for f in self.findings]
-        return "\n".join(line.rstrip() for line in lines)
+    def to_pandas(self) -> DataFrame:
+        """Return the vitals as a data frame, one row a connection. Needs pandas."""
+        try:
+            import pandas as pd  # type: ignore[import-untyped,unused-ignore]
+        except ImportError:
+            raise ValueError("to_pandas() needs pandas: pip install pandas") from None
+        return pd.DataFrame([asdict(connection) for connection in self.connections])
+
+    def table(self, lang: str = "en", *, everything: bool = False) -> str:
+        """Return text: sparklines over depth, a row a connection from the input on, the findings.
+
+        `lang` is `en` or `zh`. The middle of a long table is left out, and of many findings with
+        one code all but the first, unless `everything` is asked for.
+        """
+        from addnorm.reports.trace_table import plain
+
+        return plain(self.to_dict(), lang, everything)
+
+    def plot(self, lang: str = "en") -> VConcatChart:
+        """Return the vitals over depth as an Altair chart, which a notebook shows."""
+        from addnorm.reports.trace_charts import trace_chart
+
+        return trace_chart(self.to_dict(), "zh" if lang == "zh" else "en")
+
+    def compare(self, other: Trace) -> TraceComparison:
+        """Return this trace beside `other`: what differs by depth, which findings are gone or new.
+
+        The traces may differ in model and depth.
+        """
+        from addnorm.probe.trace_comparison import compare_traces
+
+        return compare_traces(self, other)
+
+    def __rich__(self) -> RenderableType:
+        from addnorm.reports.trace_table import rendered
+
+        return rendered(self.to_dict())
 
     def __str__(self) -> str:
         return self.table()
-
-
-def _short(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.3g}"

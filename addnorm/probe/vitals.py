@@ -1,40 +1,40 @@
-"""One X-ray: a forward and a backward pass, and what went through every connection.
+"""One X-ray: what a forward and a backward pass carry through every connection.
 
-Shapes: B batch, T positions, D width. All sums are taken in float32.
+Shapes: B batch, T positions, D width; `(..., D)` is a stream. All sums are taken in float32.
 """
 
 from __future__ import annotations
 
-import contextlib
+import importlib
+import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from addnorm.contract import Wiring
-from addnorm.probe.discover import Additions, Found, find_connections
+from addnorm.contract import Wiring, unknown
+from addnorm.probe.discover import discover
+from addnorm.probe.losses import Loss, Progress, call_model, loss_of
+from addnorm.probe.purity import sharded, untouched, unwrap
+from addnorm.probe.structure import Join, Structure
+from addnorm.probe.tap import Point, Visitor, is_float, tapped
 from addnorm.probe.trace import Connection, Finding, Trace
 
-Loss = Callable[[Any, Any], Tensor]
+POSITIONS = 256  # sample of positions for the effective rank
 
-
-@dataclass
-class _Reading:
-    """What the hooks noted at one call of one connection."""
-
-    name: str
-    before: tuple[float, int] = (0.0, 0)  # sum of squares, elements of the entering stream
-    after: tuple[float, int] = (0.0, 0)
-    share: float = math.nan
-    similarity: float = math.nan
-    non_finite: int = 0
-    gradient_before: list[float] = field(default_factory=list)  # sums of squares
-    gradient_after: list[float] = field(default_factory=list)
-    gradient_non_finite: int = 0
+# The deeper looks by name: the module of this package and its function.
+DEEP = {
+    "lesion": ("lesion", "lesions"),
+    "paths": ("paths", "spectrum"),
+    "landscape": ("landscape", "landscape"),
+    "lens": ("lens", "lens"),
+    "whiteness": ("whiteness", "whiteness"),
+}
 
 
 def xray(
@@ -44,249 +44,359 @@ def xray(
     *,
     loss: Loss | None = None,
     blocks: str | None = None,
+    deep: Sequence[str] = (),
+    budget: float = 60.0,
+    seed: int = 0,
+    progress: Progress | None = None,
 ) -> Trace:
-    """X-ray any module: one forward and one backward pass; nothing in the model changes.
+    """X-ray any module: find its connections, then measure them; nothing in the model changes.
 
-    `inputs`: a tensor, a tuple of arguments, or a dict of keyword arguments. `loss(output,
+    `inputs`: a tensor, a tuple of arguments, or a mapping of keyword arguments. `loss(output,
     targets)`: by default the output's `.loss`, else cross-entropy in nats when targets are given,
     else the inner product of the output with a fixed random direction; the trace says which.
-    `blocks`: a glob over module names in place of the search. Gradients, mode, random state,
-    buffers and hooks are as before afterwards, also after an error.
+    `blocks`: a glob over module names in place of the search. `deep`: names of deeper looks, see
+    `DEEP`, each with `budget` seconds. `seed` draws the probe vectors. `progress(done, total)` is
+    called after each part. The model runs twice forward, without compilation or activation
+    checkpoints, and once back, with one vector-Jacobian product at each connection; gradients,
+    modes, random states, buffers and hooks are as before afterwards, also after an error.
 
-    Raises `ValueError` when no connection is found or none of them is called.
+    Under FSDP2 the gains of the Jacobians are not measured, and every process must call.
+
+    Raises `ValueError` when no connection is found, none of them is called, or a deeper look is
+    unknown.
     """
-    model = getattr(model, "_orig_mod", model)  # a compiled module would not fire the hooks
-    found = find_connections(model, blocks)
-    readings: list[_Reading] = []
-    leaves: list[Tensor] = []
-    with _untouched(model), torch.enable_grad(), _hooked(found, readings, leaves) as close_ears:
-        output = _call(model, inputs)
-        close_ears()  # activation checkpointing calls the blocks again on the way back
-        value, kind = _loss(output, targets, loss)
-        _backward(value, model, leaves)
-    if not readings:
-        raise ValueError(f"none of the {found.how} was called in the forward pass")
-    connections = tuple(_connection(r) for r in readings)
+    for name in deep:
+        if name not in DEEP:
+            raise ValueError(unknown("deeper look", name, DEEP))
+    model = unwrap(model)
+    total = 2 + len(deep)
+    told = progress or (lambda _done, _total: None)
+    structure = discover(model, inputs, blocks)
+    told(1, total)
+    readings, value, kind = _measure(model, structure, inputs, targets, loss, seed)
+    connections = tuple(r.connection() for r in readings)
+    told(2, total)
+    looks: dict[str, Any] = {}
+    for done, name in enumerate(deep, 3):
+        looks[name] = _look(
+            name,
+            model=model,
+            inputs=inputs,
+            targets=targets,
+            loss=loss,
+            structure=structure,
+            budget=budget,
+            seed=seed,
+        )
+        told(done, total)
     return Trace(
         model=type(model).__name__,
-        wiring=found.wiring,
-        blocks=found.how,
-        loss=float(value.detach()),
+        wiring=structure.wiring,
+        blocks=structure.how,
+        loss=value,
         loss_kind=kind,
         connections=connections,
-        findings=_non_finite(readings, float(value.detach())),
+        findings=_non_finite(connections, value, readings[0].values["entered_non_finite"]),
+        coverage=structure.coverage,
+        deep=looks,
     )
 
 
-def _call(model: nn.Module, inputs: Any) -> Any:
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+def _look(name: str, **given: Any) -> dict[str, Any]:
+    """Take one deeper look; its function gets those of the arguments that it has."""
+    module, function = DEEP[name]
+    look = getattr(importlib.import_module(f"addnorm.probe.{module}"), function)
+    wanted = inspect.signature(look).parameters
+    result: dict[str, Any] = look(**{k: v for k, v in given.items() if k in wanted}).to_dict()
+    return result
 
 
-def _loss(output: Any, targets: Any, loss: Loss | None) -> tuple[Tensor, str]:
-    """Return the scalar that is differentiated, and what it is."""
-    if loss is not None:
-        return loss(output, targets), "the loss that was given"
-    fields = output if isinstance(output, Mapping) else vars(output) if _is_record(output) else {}
-    own = fields.get("loss")
-    if isinstance(own, Tensor):
-        return own, "the model's own loss"
-    tensor = next(iter(_tensors(fields.get("logits", output))), None)
-    if tensor is None:
-        raise ValueError("the model returned no floating-point tensor; give loss=")
-    if targets is not None:
-        logits = tensor.reshape(-1, tensor.shape[-1]).float()
-        return F.cross_entropy(logits, targets.reshape(-1)), "cross-entropy"
-    generator = torch.Generator().manual_seed(0)
-    direction = torch.randn(tensor.shape, generator=generator).to(tensor.device)
-    return (tensor.float() * direction).sum() / math.sqrt(tensor.numel()), "random direction"
+def _measure(
+    model: nn.Module,
+    structure: Structure,
+    inputs: Any,
+    targets: Any,
+    loss: Loss | None,
+    seed: int,
+) -> tuple[list[Reading], float, str]:
+    reader = Reader(model, structure, seed)
+    with untouched(model), torch.enable_grad():
+        with tapped(model, structure, reader) as tap:
+            output = call_model(model, inputs)
+            missed = set(range(len(structure))) - set(tap.reached)
+        if missed:
+            names = ", ".join(structure.joins[k].name for k in sorted(missed)[:3])
+            raise ValueError(
+                f"{names} was not met again in a second pass: the model does not take the same "
+                "way for the same input"
+            )
+        value, kind = loss_of(output, targets, loss)
+        ends = list(dict.fromkeys(reader.ends))
+        if value.requires_grad and ends:
+            torch.autograd.grad(value, ends, allow_unused=True)
+        measured = float(value.detach())
+    reader.finish()
+    return reader.readings, measured, kind
 
 
-def _is_record(output: Any) -> bool:
-    """Whether the output is an object with named fields, such as a dataclass."""
-    return hasattr(output, "__dict__") and not isinstance(output, Tensor)
+class Reading:
+    """The vitals of one connection as they come in: 0-dimensional tensors, numbers at the end."""
+
+    def __init__(self, join: Join) -> None:
+        self.join = join
+        self.values: dict[str, Any] = {}
+        self.squares: dict[str, list[Tensor]] = {"before": [], "after": []}  # of gradients
+        self.counts = {"before": 0, "after": 0}  # elements that could get a gradient
+        self.lost: list[Tensor] = []  # non-finite values in gradients
+
+    def finish(self) -> None:
+        """Turn tensors into numbers; one wait for the device, not one for each."""
+        self.values = {k: float(v) for k, v in self.values.items()}
+        for when, parts in self.squares.items():
+            count = self.counts[when]
+            total = sum(float(p) for p in parts)
+            self.values[f"gradient_{when}"] = (
+                math.sqrt(total / count) if parts and count else math.nan
+            )
+        self.values["non_finite_gradient"] = int(sum(float(n) for n in self.lost))
+
+    def connection(self) -> Connection:
+        """Return the vitals; what was not measured is NaN."""
+        v = self.values
+
+        def get(name: str) -> float:
+            return float(v.get(name, math.nan))
+
+        return Connection(
+            name=self.join.name,
+            stream_before=get("stream_before"),
+            stream_after=get("stream_after"),
+            branch_share=get("branch_share"),
+            gradient_before=get("gradient_before"),
+            gradient_after=get("gradient_after"),
+            token_similarity=get("token_similarity"),
+            non_finite=int(v.get("left_non_finite", 0)) + int(v["non_finite_gradient"]),
+            non_finite_gradient=int(v["non_finite_gradient"]),
+            block=self.join.block,
+            kind=self.join.kind,
+            projected=self.join.projected,
+            branch_cosine=get("branch_cosine"),
+            stream_cosine=get("stream_cosine"),
+            identity_gain=get("identity_gain"),
+            gain_forward=get("gain_forward"),
+            gain_backward=get("gain_backward"),
+            effective_rank=get("effective_rank"),
+            dead_units=get("dead_units"),
+            streams_cosine=get("streams_cosine"),
+        )
 
 
-def _backward(value: Tensor, model: nn.Module, leaves: list[Tensor]) -> None:
-    """Run the backward pass without touching any `.grad`; the hooks on the streams note it."""
-    ends = leaves + [p for p in model.parameters() if p.requires_grad]
-    if value.requires_grad and ends:
-        torch.autograd.grad(value, ends, allow_unused=True)
+class Reader(Visitor):
+    """Measures every connection while the forward pass goes by, and its gradient on the way back.
 
+    Only sums stay: nothing of the size of a stream is kept beyond its connection.
+    """
 
-@contextlib.contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Put buffers and random state back, also after an error."""
-    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-    devices = {p.device for p in model.parameters() if p.is_cuda}
-    try:
-        with torch.random.fork_rng(devices=list(devices)):
-            yield
-    finally:
+    def __init__(self, model: nn.Module, structure: Structure, seed: int) -> None:
+        self.model = model
+        self.readings = [Reading(join) for join in structure.joins]
+        self.ends: list[Tensor] = []  # where the backward pass may stop
+        self.seed = seed
+        self._probing = False
+        # A product inside the forward pass would make FSDP2 give its parameters back too early.
+        self._sharded = sharded(model)
+        self._streams: dict[int, Any] = {}
+
+    def __call__(self, k: int, point: Point) -> None:
+        """Note the stream that enters and what the branch returns."""
+        reading = self.readings[k]
+        join, values = reading.join, reading.values
+        self._streams[k] = point.stream
         with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
+            values["stream_before"] = _rms(self._level(join, point.stream))
+            values["entered_non_finite"] = _non_finites(_tensors(point.stream))
+            update = _rows(point.update.detach(), join.features)
+            values["dead_units"] = (update == 0).all(dim=0).float().mean()
+            if join.kind == "block" and point.skip is not None:
+                self.joined(k, point.skip.detach(), point.update.detach())
 
+    @torch.no_grad()
+    def joined(self, k: int, skip: Tensor, update: Tensor) -> None:
+        """Note how large the update is beside the skip, and how it lies to it."""
+        values = self.readings[k].values
+        below, above = _norm(skip), _norm(update)
+        values["branch_share"] = torch.where(below > 0, above / below, torch.nan)
+        update = update.expand_as(skip) if update.shape != skip.shape else update
+        inner = torch.dot(skip.flatten().float(), update.flatten().float())
+        values["branch_cosine"] = inner / (below * _norm(update))
 
-@contextlib.contextmanager
-def _hooked(
-    found: Found, readings: list[_Reading], leaves: list[Tensor]
-) -> Iterator[Callable[[], None]]:
-    """Watch the connections for one forward pass and the gradients for one backward pass.
+    def after(self, k: int, out: Any) -> None:
+        """Note the stream that leaves, probe the Jacobian, and wait for the gradients."""
+        reading, stream = self.readings[k], self._streams.pop(k)
+        join, values = reading.join, reading.values
+        entered, left = _tensors(stream), _tensors(out)
+        before, now = self._present(join, stream), self._present(join, out)
+        with torch.no_grad():
+            values["stream_after"] = _rms(self._level(join, out))
+            values["left_non_finite"] = _non_finites(left)
+            if now is not None:
+                axis = join.features if join.kind == "add" else -1
+                rows = now.detach().movedim(axis, -1) if now.dim() > 1 else now.detach()
+                values["token_similarity"] = similarity(rows)
+                values["effective_rank"] = effective_rank(rows)
+                if before is not None and before.shape == now.shape:
+                    was = before.detach().movedim(axis, -1) if now.dim() > 1 else before.detach()
+                    values["stream_cosine"] = F.cosine_similarity(
+                        was.float(), rows.float(), dim=-1
+                    ).mean()
+                values["streams_cosine"] = _between_streams(out, now)
+        self._probe(k, stream, out, entered, left)
+        self._listen(reading, "before", entered)
+        self._listen(reading, "after", left)
+        first = join.kind != "wiring" or self._wiring(join).site.first
+        if join.root and first:
+            self.ends += [t for t in entered if t.requires_grad]
 
-    Yields the function that ends the forward watch. The hooks themselves stay until the end: a
-    checkpointed block that is called again must save the same tensors.
-    """
-    additions = Additions()
-    open_calls: list[_Reading] = []
-    handles = []
-    listening = True
-    watching = contextlib.ExitStack()
+    def finish(self) -> None:
+        """Turn what was noted into numbers."""
+        for reading in self.readings:
+            reading.finish()
 
-    def close_ears() -> None:
-        nonlocal listening
-        listening = False
-        watching.close()
+    def _wiring(self, join: Join) -> Wiring:
+        wiring = self.model.get_submodule(join.module)
+        assert isinstance(wiring, Wiring)
+        return wiring
 
-    def entering(name: str) -> Callable[..., Any]:
-        def hook(
-            _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            args, kwargs = _alias(args, leaves), _alias(kwargs, leaves)
-            if not listening:
-                return args, kwargs
-            calls = sum(r.name.split("#")[0] == name for r in readings)
-            reading = _Reading(f"{name}#{calls + 1}" if calls else name)
-            readings.append(reading)
-            open_calls.append(reading)
-            stream = _stream(args, kwargs)
-            reading.before = _squares(stream)
-            _watch(stream, reading.gradient_before, reading)
-            return args, kwargs
+    def _present(self, join: Join, stream: Any) -> Tensor | None:
+        """Return what the stream is now."""
+        if join.kind == "wiring":
+            with torch.no_grad():
+                return self._wiring(join).present(stream)
+        return stream if isinstance(stream, Tensor) else None
 
-        return hook
+    def _level(self, join: Join, stream: Any) -> list[Tensor]:
+        """Return what the RMS of the stream goes over: all streams, of a history the newest."""
+        if isinstance(stream, Tensor):
+            return [stream]
+        now = self._present(join, stream)
+        return [] if now is None else [now]
 
-    def leaving(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
-        out = _alias(out, leaves)
-        if not listening:
-            return out
-        reading = open_calls.pop()
-        stream, entered = _tensors(out), _stream(args, kwargs)
-        reading.after = _squares(stream)
-        reading.non_finite = sum(int((~torch.isfinite(t.detach())).sum()) for t in stream)
-        reading.similarity = _similarity(stream[0]) if stream else math.nan
-        joined = additions.take()
-        if joined is not None:
-            reading.share = _ratio(joined[1], joined[0])
-        elif not isinstance(_module, Wiring) and _alike(stream, entered):
-            reading.share = _ratio(stream[0].detach() - entered[0].detach(), entered[0].detach())
-        _watch(stream, reading.gradient_after, reading)
-        return out
+    def _probe(
+        self, k: int, stream: Any, out: Any, entered: list[Tensor], left: list[Tensor]
+    ) -> None:
+        """Estimate the gains of the connection's Jacobian by one vector-Jacobian product."""
+        values = self.readings[k].values
+        pairs = _matched(entered, left)
+        if pairs is None and self.readings[k].join.kind == "wiring":  # a history: its newest part
+            pairs = _newest(self._wiring(self.readings[k].join), stream, out)
+        if (
+            self._sharded
+            or pairs is None
+            or not all(t.requires_grad for pair in pairs for t in pair)
+        ):
+            return
+        ins, outs = [a for a, _ in pairs], [b for _, b in pairs]
+        generator = torch.Generator(outs[0].device).manual_seed(self.seed * 1_000_003 + k)
+        vectors = [
+            torch.randn(t.shape, generator=generator, device=t.device, dtype=torch.float32)
+            for t in outs
+        ]
+        with self._alone():
+            pulled = torch.autograd.grad(
+                outs,
+                ins,
+                [v.to(t.dtype) for v, t in zip(vectors, outs, strict=True)],
+                retain_graph=True,
+                allow_unused=True,
+            )
+        with torch.no_grad():
+            back = sum(
+                (_norm(g).square() for g in pulled if g is not None), torch.zeros((), device="cpu")
+            )
+            size = sum((_norm(v).square() for v in vectors), torch.zeros((), device="cpu"))
+            values["gain_backward"] = (back / size).sqrt()
+            ratio = sum(t.numel() for t in outs) / sum(t.numel() for t in ins)
+            values["gain_forward"] = (back / size * ratio).sqrt()
+            if all(a.shape == b.shape for a, b in pairs):
+                inner = [
+                    torch.dot(g.flatten().float(), v.flatten())
+                    for g, v in zip(pulled, vectors, strict=True)
+                    if g is not None
+                ]
+                values["identity_gain"] = sum(inner, torch.zeros((), device="cpu")) / size
 
-    def branch_returned(_module: nn.Module, _args: Any, out: Any) -> None:
-        if listening:
-            additions.branch_returned(out)
+    @contextmanager
+    def _alone(self) -> Any:
+        """Keep the hooks on the streams from taking a probe for the gradient of the loss."""
+        self._probing = True
+        try:
+            yield
+        finally:
+            self._probing = False
 
-    try:
-        for name, module in found.modules.items():
-            handles.append(module.register_forward_pre_hook(entering(name), with_kwargs=True))
-            handles.append(module.register_forward_hook(leaving, with_kwargs=True))
-            if isinstance(module, Wiring):
-                handles.append(module.branch.register_forward_hook(branch_returned))
-        watching.enter_context(additions)
-        yield close_ears
-    finally:
-        watching.close()
-        for handle in handles:
-            handle.remove()
+    def _listen(self, reading: Reading, when: str, tensors: Iterable[Tensor]) -> None:
+        """Note the gradient of every tensor of a stream when the backward pass reaches it."""
 
+        def note(gradient: Tensor) -> None:
+            if not self._probing:
+                reading.squares[when].append(_norm(gradient.detach()).square())
+                reading.lost.append((~torch.isfinite(gradient)).sum())
 
-def _watch(stream: list[Tensor], into: list[float], reading: _Reading) -> None:
-    """Note the gradient of every tensor of the stream when the backward pass reaches it."""
-
-    def note(gradient: Tensor) -> None:
-        into.append(_squares([gradient])[0])
-        reading.gradient_non_finite += int((~torch.isfinite(gradient)).sum())
-
-    for tensor in stream:
-        if tensor.requires_grad:
-            tensor.register_hook(note)  # type: ignore[no-untyped-call]
-
-
-def _alias(value: Any, leaves: list[Tensor]) -> Any:
-    """Return the same values through an identity node of their own in the graph.
-
-    The gradient of an alias is that of the stream at this very point; that of the tensor itself
-    would add what every other reader of it sends back. What requires no gradient, such as the
-    input of the model, becomes a leaf that does, and is entered in `leaves`.
-    """
-    if isinstance(value, Tensor):
-        if not value.is_floating_point() or not torch.is_grad_enabled():
-            return value
-        if value.requires_grad:
-            return value.view_as(value)
-        leaves.append(value.detach().requires_grad_())
-        return leaves[-1]
-    if type(value) in (tuple, list):
-        return type(value)(_alias(item, leaves) for item in value)
-    if type(value) is dict:
-        return {key: _alias(item, leaves) for key, item in value.items()}
-    return value
+        for tensor in tensors:
+            reading.counts[when] += tensor.numel()
+            if tensor.requires_grad:
+                tensor.register_hook(note)  # type: ignore[no-untyped-call]
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    """Return the floating-point tensors in a tensor, tuple, list, mapping or dataclass output."""
-    if isinstance(value, Tensor):
-        return [value] if value.is_floating_point() else []
-    if isinstance(value, Mapping):
-        return [t for v in value.values() for t in _tensors(v)]
-    if isinstance(value, tuple | list):
-        return [t for v in value for t in _tensors(v)]
-    return []
+    """Return the floating-point tensors in a stream."""
+    return [leaf for leaf in pytree.tree_leaves(value) if is_float(leaf)]
 
 
-def _stream(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """Return the stream among a call's arguments: the first argument that holds one."""
-    for value in (*args, *kwargs.values()):
-        tensors = _tensors(value)
-        if tensors:
-            return tensors
-    return []
+def _matched(entered: list[Tensor], left: list[Tensor]) -> list[tuple[Tensor, Tensor]] | None:
+    """Pair what enters with what leaves, where it is the same number of tensors."""
+    return list(zip(entered, left, strict=True)) if len(entered) == len(left) else None
 
 
-def _alike(stream: list[Tensor], entered: list[Tensor]) -> bool:
-    return bool(stream and entered) and stream[0].shape == entered[0].shape
+def _newest(wiring: Wiring, stream: Any, out: Any) -> list[tuple[Tensor, Tensor]] | None:
+    """Pair what a stream of growing length is now, where that is one of its tensors."""
+    before, after = wiring.present(stream), wiring.present(out)
+    own = any(t is before for t in _tensors(stream)) and any(t is after for t in _tensors(out))
+    return [(before, after)] if own else None
 
 
-@torch.no_grad()
-def _squares(tensors: list[Tensor]) -> tuple[float, int]:
-    norms = [torch.linalg.vector_norm(t.detach(), dtype=torch.float32).item() for t in tensors]
-    return sum(n * n for n in norms), sum(t.numel() for t in tensors)
+def _norm(x: Tensor) -> Tensor:
+    """Return the Euclidean norm of all elements, summed in float32."""
+    norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.float32)
+    return norm
 
 
-def _rms(squares: float, count: int) -> float:
-    return math.sqrt(squares / count) if count else math.nan
+def _rms(tensors: list[Tensor]) -> Tensor | float:
+    count = sum(t.numel() for t in tensors)
+    if not count:
+        return math.nan
+    squares = torch.stack([_norm(t.detach()).square() for t in tensors]).sum()
+    return (squares / count).sqrt()
 
 
-def _gradient(squares: list[float], count: int) -> float:
-    """Return the RMS over the whole stream: a part that got no gradient counts as 0."""
-    return _rms(sum(squares), count) if squares else math.nan
+def _non_finites(tensors: list[Tensor]) -> Tensor | int:
+    counts = [(~torch.isfinite(t.detach())).sum() for t in tensors]
+    return torch.stack(counts).sum() if counts else 0
 
 
-@torch.no_grad()
-def _ratio(part: Tensor, whole: Tensor) -> float:
-    above = torch.linalg.vector_norm(part, dtype=torch.float32).item()
-    below = torch.linalg.vector_norm(whole, dtype=torch.float32).item()
-    return above / below if below else math.nan
+def _rows(x: Tensor, features: int) -> Tensor:
+    """Return `(positions, features)`."""
+    if x.dim() < 2:
+        return x.reshape(1, -1)
+    return x.movedim(features, -1).flatten(0, -2)
 
 
 @torch.no_grad()
-def _similarity(x: Tensor) -> float:
+def similarity(x: Tensor) -> Tensor | float:
     """Return the mean cosine between different positions: T of `(B, T, D)`, rows of `(B, D)`."""
-    x = x.detach().float()
     if x.dim() < 2:
         return math.nan
+    x = x.detach().float()
     x = x.unsqueeze(0) if x.dim() == 2 else x.flatten(1, -2)  # (B, T, D)
     T = x.shape[1]
     if T < 2:
@@ -294,29 +404,47 @@ def _similarity(x: Tensor) -> float:
     unit = F.normalize(x, dim=-1)
     together = unit.sum(dim=1).square().sum(dim=-1)  # sum of all cosines, T ones among them
     alone = unit.square().sum(dim=(1, 2))
-    return ((together - alone) / (T * (T - 1))).mean().item()
+    return ((together - alone) / (T * (T - 1))).mean()
 
 
-def _connection(r: _Reading) -> Connection:
-    return Connection(
-        name=r.name,
-        stream_before=_rms(*r.before),
-        stream_after=_rms(*r.after),
-        branch_share=r.share,
-        gradient_before=_gradient(r.gradient_before, r.before[1]),
-        gradient_after=_gradient(r.gradient_after, r.after[1]),
-        token_similarity=r.similarity,
-        non_finite=r.non_finite + r.gradient_non_finite,
-    )
+@torch.no_grad()
+def effective_rank(x: Tensor, positions: int = POSITIONS) -> Tensor | float:
+    """Return the participation ratio of the spectrum of `x (..., D)` as positions x width.
+
+    `(sum s^2)^2 / sum s^4` over the singular values s: between 1 and the smaller side. At most
+    `positions` rows count, evenly spread over all of them. Streams of one row have no spectrum.
+    """
+    if x.dim() < 2:
+        return math.nan
+    rows = x.detach().flatten(0, -2)
+    if len(rows) > positions:
+        rows = rows[torch.linspace(0, len(rows) - 1, positions, device=x.device).long()]
+    rows = rows.float()
+    gram = rows @ rows.mT if len(rows) < rows.shape[1] else rows.mT @ rows
+    return gram.trace().square() / gram.square().sum()
 
 
-def _non_finite(readings: list[_Reading], loss: float) -> tuple[Finding, ...]:
+def _between_streams(stream: Any, now: Tensor) -> Tensor | float:
+    """Return the mean cosine between the streams, at the same position, where there are several."""
+    if isinstance(stream, Tensor) and stream.dim() == now.dim() + 1:  # (..., n, D)
+        return similarity(stream.detach().flatten(0, -3))
+    if isinstance(stream, tuple | list) and len(stream) > 1:
+        parts = [t.detach() for t in stream if isinstance(t, Tensor) and t.shape == now.shape]
+        if len(parts) == len(stream):
+            return similarity(torch.stack(parts, dim=-2).flatten(0, -3))
+    return math.nan
+
+
+def _non_finite(
+    connections: Sequence[Connection], loss: float, entered: float
+) -> tuple[Finding, ...]:
     """Name the block with the first NaN or infinity: forward first, then on the way back."""
-    if not math.isfinite(readings[0].before[0]):
-        where, way = f"the input of {readings[0].name}", "already in the input or the embedding"
-    elif bad := next((r for r in readings if r.non_finite), None):
+    if entered:
+        where = f"the input of {connections[0].name}"
+        way = "already in the input or the embedding"
+    elif bad := next((c for c in connections if c.non_finite - c.non_finite_gradient), None):
         where, way = bad.name, "in the forward pass; every block after it inherits it"
-    elif bad := next((r for r in reversed(readings) if r.gradient_non_finite), None):
+    elif bad := next((c for c in reversed(connections) if c.non_finite_gradient), None):
         where, way = bad.name, "in the backward pass; every block before it inherits it"
     elif not math.isfinite(loss):
         where, way = "the head or the loss", "after the last connection"

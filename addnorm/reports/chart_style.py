@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import altair as alt
 
+from addnorm.reports.summary import UNITS
+
 Lang = Literal["en", "zh"]
 Row = dict[str, Any]
 
@@ -33,7 +35,6 @@ _TEXT = {
     "seeds": ("seeds", "随机种子数"),
     "name": ("connection", "连接"),
     "number": ("number of the connection", "连接序号"),
-    "unigram": ("unigram", "一元熵"),
     "uniform": ("uniform", "均匀"),
     "diverged": ("× diverged", "× 发散"),
     "place": ("place of the connection", "连接所在位置"),
@@ -165,13 +166,14 @@ def margin_text(y: float, text: str) -> alt.Chart:
     return placed
 
 
-def references(unigram: float, uniform: float, lang: Lang) -> list[alt.Chart]:
-    """Return the unigram and uniform lines, labelled right of the plot."""
+def references(unigram: float, uniform: float, lang: Lang, unit: str) -> list[alt.Chart]:
+    """Return the lines of frequencies alone and of knowing nothing, labelled right of the plot."""
     layers = []
-    for key, value in (("unigram", unigram), ("uniform", uniform)):
+    short = UNITS[unit]["short"][lang == "zh"]
+    for name, value in ((short, unigram), (word("uniform", lang), uniform)):
         rule = alt.Chart(data([{}])).mark_rule(color=GREY, strokeDash=[3, 3])
         layers.append(rule.encode(y=alt.datum(value, type="quantitative")))
-        layers.append(margin_text(value, f"{word(key, lang)} {value:.3f}"))
+        layers.append(margin_text(value, f"{name} {value:.3f}"))
     return layers
 
 

@@ -82,7 +82,11 @@ def loss_by_depth(s: Summary, lang: Lang = "en") -> alt.VConcatChart:
     top, pad = _place_diverged(rows, s, low, high), 0.05 * (high - low)
     layers = _loss_layers(s, rows, look, (low - pad, top), word("loss", lang), lang)
     # The selection belongs to a layer with colours: a legend does not serve one of the rules.
-    layers = [*references(s.unigram, s.uniform, lang), layers[0].add_params(look.pick), *layers[1:]]
+    layers = [
+        *references(s.unigram, s.uniform, lang, s.unit),
+        layers[0].add_params(look.pick),
+        *layers[1:],
+    ]
     if top > high + pad:
         layers.append(margin_text(top - 0.8 * pad, word("diverged", lang)))
     charts = [alt.layer(*layers).properties(width=WIDTH, height=400)]
@@ -308,8 +312,11 @@ def curves(s: Summary, lang: Lang = "en") -> alt.FacetChart:
         data=data(rows),
     ).properties(width=width, height=300)
     facet = alt.Facet("depth:O", header=depth_header(lang), sort="ascending")
-    names = ("uniform", "unigram")
-    under = {v: f"{word(v, lang)} {getattr(s, v):.3f}" for v in names}
+    short = s.words["short"][lang == "zh"]
+    under = {
+        "uniform": f"{word('uniform', lang)} {s.uniform:.3f}",
+        "unigram": f"{short} {s.unigram:.3f}",
+    }
     return finish(  # type: ignore[no-any-return]
         chart.facet(facet, columns=columns, spacing=34),
         ("Validation loss over steps", "验证损失随步数的变化"),

@@ -1,4 +1,4 @@
-"""The charts of one X-ray and of one training run, in English or Chinese; no torch."""
+"""The chart of one training run, in English or Chinese; no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import altair as alt
 
-from addnorm.probe.trace import UNDERFLOW
 from addnorm.reports.chart_style import (
     PALETTE,
     WIDTH,
@@ -17,67 +16,18 @@ from addnorm.reports.chart_style import (
     data,
     finish,
     is_finite,
-    log_axis,
     references,
     word,
 )  # fmt: skip
 
 
-def trace_chart(trace: Row, lang: Lang = "en") -> alt.VConcatChart:
-    """Stream RMS, branch share and gradient RMS by connection, over one shared axis."""
-    connections = trace["connections"]
-    last = max(1, len(connections) - 1)
-    vitals = (
-        ("stream_after", "stream"),
-        ("branch_share", "share"),
-        ("gradient_after", "plain gradient"),
-    )
-    shown = [v for v in vitals if any(is_finite(c[v[0]]) for c in connections)]
-    shown = shown or list(vitals[:1])
-    panels = []
-    for index, (key, name) in enumerate(shown):
-        values = [c[key] if is_finite(c[key]) else None for c in connections]
-        if key == "gradient_after":
-            values = [v and max(v, UNDERFLOW) for v in values]
-        rows = [
-            {"number": i, "name": c["name"], "y": v}
-            for i, (c, v) in enumerate(zip(connections, values, strict=True))
-        ]
-        finite = [v for v in values if v is not None] or [1.0]
-        log = min(finite) > 0
-        title = word(name, lang)
-        y = log_axis(finite, title) if log else alt.Y("y:Q", title=title)
-        lowest = index + 1 == len(shown)
-        axis = alt.Axis(
-            title=word("number", lang) if lowest else None,
-            labels=lowest,
-            tickMinStep=1,
-            format="d",
-            grid=False,
-        )
-        scale = alt.Scale(domain=[0, last], nice=False, padding=8)
-        x = alt.X("number:Q", scale=scale, axis=axis)
-        tips = [
-            alt.Tooltip("number:Q", title=word("number", lang)),
-            alt.Tooltip("name:N", title=word("name", lang)),
-            alt.Tooltip("y:Q", title=title, format=".4g"),
-        ]
-        base = alt.Chart(data(rows)).encode(x, y, tooltip=tips)
-        colour = PALETTE[index]
-        size = 45 if len(connections) <= 120 else 12
-        panel = base.mark_line(color=colour) + base.mark_circle(color=colour, size=size, opacity=1)
-        panels.append(panel.properties(width=WIDTH, height=170))
-    chart = alt.vconcat(*panels, spacing=14).resolve_scale(x="shared")
-    return finish(  # type: ignore[no-any-return]
-        chart,
-        ("Vitals by connection", "各连接的体征"),
-        ("Connection 0 is nearest to the input.", "连接 0 最靠近输入。"),
-        lang,
-    )
-
-
 def run_chart(
-    metrics: Sequence[Row], unigram: float, uniform: float, lang: Lang = "en", points: int = 400
+    metrics: Sequence[Row],
+    unigram: float,
+    uniform: float,
+    lang: Lang = "en",
+    unit: str = "tokens",
+    points: int = 400,
 ) -> alt.LayerChart:
     """Training and validation loss of one run; a long run's training loss as means of stretches."""
     train = [(r["step"], r["loss"]) for r in metrics if is_finite(r.get("loss"))]
@@ -121,7 +71,7 @@ def run_chart(
     )
     validation = base.transform_filter("datum.kind == 'validation'")
     chart = alt.layer(
-        *references(unigram, uniform, lang),
+        *references(unigram, uniform, lang, unit),
         base.transform_filter("datum.kind == 'training'").mark_line(strokeWidth=1.3, clip=True),
         validation.mark_line(strokeWidth=2.5, clip=True),
         validation.mark_circle(size=60, opacity=1, clip=True),

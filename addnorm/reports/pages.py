@@ -23,7 +23,21 @@ from addnorm.files import write_text
 from addnorm.reports import charts, charts_single
 from addnorm.reports.chart_style import Lang
 from addnorm.reports.statements import statements
-from addnorm.reports.summary import STATUS, Summary, summarise
+from addnorm.reports.summary import STATUS, UNITS, Summary, summarise
+from addnorm.reports.trace_charts import trace_chart, traces_chart
+from addnorm.reports.trace_deep import both_lines
+from addnorm.reports.trace_deep_charts import deep_charts
+from addnorm.reports.trace_view import (
+    LOSSES,
+    MEANINGS,
+    OVERALL,
+    PANELS,
+    VITALS,
+    coverage_lines,
+    grouped,
+    measured,
+    verdict,
+)
 
 Chart = Callable[[Lang], Any]
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -59,9 +73,38 @@ def write_comparison_page(result: dict[str, Any], path: Path, lang: str = "en") 
 
 def write_trace_page(trace: dict[str, Any], path: Path, lang: str = "en") -> None:
     """Write one X-ray, given as `Trace.to_dict()`, as one HTML file, both languages inside."""
-    drawn: dict[str, Chart] = {"trace": lambda lang: charts_single.trace_chart(trace, lang)}
-    title = (f"X-ray of {trace['model']}", f"{trace['model']} 的透视")
-    _write("trace.html.j2", path, lang, drawn, {"title": title, "trace": trace})
+    deep = trace.get("deep", {})
+    figures = deep_charts(deep)
+    drawn: dict[str, Chart] = {"trace": lambda lang: trace_chart(trace, lang), **figures}
+    coverage = trace.get("coverage")
+    seen = zip(coverage_lines(coverage, False), coverage_lines(coverage, True), strict=True)
+    context = {
+        "title": (f"X-ray of {trace['model']}", f"{trace['model']} 的透视"),
+        "trace": trace,
+        "groups": grouped(trace["findings"]),
+        "counted": verdict(trace["findings"]),
+        "coverage": list(seen),
+        "fallbacks": (coverage or {}).get("fallbacks", {}),
+        "deep": {name: both_lines(name, look) for name, look in deep.items()},
+        "figures": list(figures),
+        "vitals": measured(trace["connections"], VITALS),
+        "meanings": MEANINGS,
+        "losses": LOSSES,
+    }
+    _write("trace.html.j2", path, lang, drawn, context)
+
+
+def write_traces_page(difference: dict[str, Any], path: Path, lang: str = "en") -> None:
+    """Write two X-rays side by side, given as `TraceComparison.to_dict()`, as one HTML file."""
+    drawn: dict[str, Chart] = {"traces": lambda lang: traces_chart(difference, lang)}
+    both = [row[side] for row in difference["rows"] for side in "ab"]
+    context = {
+        "title": ("Two X-rays", "两次透视"),
+        "difference": difference,
+        "overall": OVERALL,
+        "vitals": measured(both, PANELS),
+    }
+    _write("traces.html.j2", path, lang, drawn, context)
 
 
 def write_run_page(
@@ -76,12 +119,14 @@ def write_run_page(
     The arguments are what `config.json`, `metrics.jsonl` and `summary.json` of its folder hold.
     """
     unigram, uniform = float(config["data"]["unigram"]), float(config["data"]["uniform"])
+    unit = str(config["data"]["unit"])
     drawn: dict[str, Chart] = {
-        "run": lambda lang: charts_single.run_chart(metrics, unigram, uniform, lang)
+        "run": lambda lang: charts_single.run_chart(metrics, unigram, uniform, lang, unit)
     }
     context = {
         "title": ("Training run", "训练记录"),
         "config": config,
+        "words": UNITS[unit],
         "summary": summary,
         "evaluations": [row for row in metrics if "validation" in row],
         "measured": config.get("choice", {}).get("measured", []),

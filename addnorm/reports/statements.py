@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import defaultdict
 from dataclasses import dataclass
 
-from addnorm.reports.summary import STATUS, Group, Summary
+from addnorm.reports.summary import MARGIN, STATUS, Group, Summary, interval
 
 STEEP = 1.0  # decades of gradient per 10 connections that count as a steep slope
 ALIKE = 0.9  # mean cosine between positions that counts as collapsed
@@ -25,7 +26,7 @@ def statements(summary: Summary) -> list[Statement]:
     """Return what was found and which wiring to take, every sentence computed from the cells."""
     found = [_advice(summary), *_best_of_all(summary)]
     for wiring in summary.wirings:
-        for rule in (_trains, _warmup, _why, _deeper):
+        for rule in (_trains, _degrades, _warmup, _why, _deeper):
             found += rule(summary, wiring)
     found += _start(summary)
     return found
@@ -118,7 +119,7 @@ def _trains(s: Summary, wiring: str) -> list[Statement]:
         if group is not None:
             by_status[group.status].append(depth)
     en, zh = [], []
-    line = f"{s.unigram:.3f}"
+    line, (name, name_zh) = f"{s.unigram:.3f}", s.words["line"]
     for status, depths in by_status.items():
         losses = [g.loss for d in depths if (g := s.best(wiring, d)) is not None]
         values = " / ".join(map(_number, losses))
@@ -128,8 +129,8 @@ def _trains(s: Summary, wiring: str) -> list[Statement]:
                 en.append(f"trained at depth {d} (validation loss {values})")
                 zh.append(f"深度 {d} 训练成功（验证损失 {values}）")
             case "stuck":
-                en.append(f"stuck at depth {d} ({values}; the unigram line is {line})")
-                zh.append(f"深度 {d} 停滞（{values}；一元熵线为 {line}）")
+                en.append(f"stuck at depth {d} ({values}; the {name} is {line})")
+                zh.append(f"深度 {d} 停滞（{values}；{name_zh}为 {line}）")
             case "diverged":
                 en.append(f"diverged at depth {d}")
                 zh.append(f"深度 {d} 发散")
@@ -137,6 +138,29 @@ def _trains(s: Summary, wiring: str) -> list[Statement]:
                 en.append(f"trained with some seeds only at depth {d} (mean {values})")
                 zh.append(f"深度 {d} 只有部分随机种子训练成功（均值 {values}）")
     return [Statement("trains", f"{wiring}: {'; '.join(en)}.", f"{wiring}：{'；'.join(zh)}。")]
+
+
+def _degrades(s: Summary, wiring: str) -> list[Statement]:
+    """Say where the *training* loss rises with depth: degradation, which is no overfitting."""
+    groups = [g for d in s.depths if (g := s.best(wiring, d)) is not None and len(g.whole) > 1]
+    if len(groups) < 2:
+        return []
+    best, deepest = min(groups, key=lambda g: g.training), groups[-1]
+    low = [v for v in best.training_losses if v is not None]
+    high = [v for v in deepest.training_losses if v is not None]
+    rise = statistics.fmean(high) - statistics.fmean(low)
+    if rise < MARGIN or interval(high)[0] <= interval(low)[1]:
+        return []
+    values = " / ".join(_number(g.training) for g in groups)
+    depths = ", ".join(str(g.depth) for g in groups)
+    return [
+        Statement(
+            "degrades",
+            f"{wiring} degrades: at depths {depths} the training loss is {values}. A deeper net "
+            "that fits its own training data worse is not overfitting.",
+            f"{wiring} 出现退化：深度 {depths} 的训练损失依次为 {values}。更深的网络连训练数据都拟合得更差，这不是过拟合。",
+        )
+    ]
 
 
 def _warmup(s: Summary, wiring: str) -> list[Statement]:

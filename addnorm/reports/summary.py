@@ -15,7 +15,26 @@ from dataclasses import dataclass
 from typing import Any
 
 Cell = dict[str, Any]
-STUCK_MARGIN = 0.1  # nats below the unigram line that a net must get to count as trained
+# What the reports call things, in English and Chinese, by what the data are made of.
+UNITS: dict[str, dict[str, tuple[str, str]]] = {
+    "tokens": {
+        "line": ("unigram line", "一元熵线"),
+        "short": ("unigram", "一元熵"),
+        "frequencies": ("how often each token occurs", "各词元的出现频率"),
+        "more": ("the net uses the context", "网络用上了上下文"),
+        "choices": ("ln(vocabulary)", "词表大小的自然对数"),
+        "speed": ("tokens/s", "词元/秒"),
+    },
+    "images": {
+        "line": ("class-frequency line", "类别频率线"),
+        "short": ("class frequencies", "类别频率"),
+        "frequencies": ("how often each class occurs", "各类别的出现频率"),
+        "more": ("the net uses the image", "网络用上了图像内容"),
+        "choices": ("ln(classes)", "类别数的自然对数"),
+        "speed": ("images/s", "图像/秒"),
+    },
+}
+MARGIN = 0.1  # nats below the line of frequencies that count as trained, above uniform as diverged
 
 
 @dataclass(frozen=True)
@@ -42,6 +61,16 @@ class Group:
     def interval(self) -> tuple[float, float]:
         """95 % t interval of the mean with three seeds or more, else the range."""
         return interval(self.losses)
+
+    @property
+    def training(self) -> float:
+        """Mean training loss over the last tenth of the steps; infinite where a seed diverged."""
+        return statistics.fmean(math.inf if v is None else v for v in self.training_losses)
+
+    @property
+    def training_losses(self) -> list[float | None]:
+        """Training losses by seed; None for a seed that diverged."""
+        return [c["training"] for c in self.cells]
 
     @property
     def status(self) -> str:
@@ -133,6 +162,16 @@ class Summary:
         return float(self.result["data"]["uniform"])
 
     @property
+    def unit(self) -> str:
+        """What the data are made of: `tokens` or `images`."""
+        return str(self.result["data"]["unit"])
+
+    @property
+    def words(self) -> dict[str, tuple[str, str]]:
+        """What the reports call things, in English and Chinese."""
+        return UNITS[self.unit]
+
+    @property
     def wirings(self) -> list[str]:
         """Wirings in the order they were asked for."""
         return list(dict.fromkeys(g.wiring for g in self.groups))
@@ -194,6 +233,8 @@ class Summary:
                         "lr": group.lr,
                         "warmup": group.warmup,
                         "loss": group.loss,
+                        "training": group.training,
+                        "accuracy": group.median("accuracy"),
                         "low": low,
                         "high": high,
                         "seeds": len(group.cells),
@@ -214,10 +255,10 @@ class Summary:
 
 
 def status_of(validation: float, finite: bool, unigram: float, uniform: float) -> str:
-    """Return `diverged` (not finite, or worse than knowing nothing), `stuck` or `trained`."""
-    if not finite or not math.isfinite(validation) or validation > uniform:
+    """Return `diverged` (not finite, or clearly worse than nothing), `stuck` or `trained`."""
+    if not finite or not math.isfinite(validation) or validation > uniform + MARGIN:
         return "diverged"
-    return "stuck" if validation > unigram - STUCK_MARGIN else "trained"
+    return "stuck" if validation > unigram - MARGIN else "trained"
 
 
 def summarise(result: dict[str, Any]) -> Summary:

@@ -1,11 +1,11 @@
-"""What the terminal shows: the live table of a comparison, its result, the catalogue, a trace."""
+"""What the terminal shows: the live table of a comparison, its result, a trace."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Self
 
 from rich.console import Console, Group, RenderableType
@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from addnorm.reports.statements import statements
-from addnorm.reports.summary import STATUS, Summary, summarise
+from addnorm.reports.summary import MARGIN, STATUS, Summary, summarise
 
 COLOURS = {"trained": "green", "stuck": "red", "diverged": "magenta", "mixed": "yellow"}
 WORDS = {
@@ -27,13 +27,14 @@ WORDS = {
     "outcome": {"en": "outcome", "zh": "结果"},
     "slope": {"en": "gradient slope", "zh": "梯度斜率"},
     "growth": {"en": "stream growth", "zh": "流增长"},
-    "speed": {"en": "tokens/s", "zh": "词元/秒"},
+    "training": {"en": "training loss", "zh": "训练损失"},
+    "accuracy": {"en": "accuracy", "zh": "准确率"},
     "parameters": {"en": "parameters", "zh": "参数量"},
     "equal_time": {"en": "at equal time", "zh": "等时损失"},
     "equal_flops": {"en": "at equal FLOPs", "zh": "等算力损失"},
     "lines": {
-        "en": "Not trained means above {:.3f}: the unigram line {:.3f} minus 0.1. Uniform guessing: {:.3f}.",
-        "zh": "高于 {:.3f}（一元熵线 {:.3f} 减 0.1）视为未训练成功；均匀猜测为 {:.3f}。",
+        "en": "Not trained means above {:.3f}: the {} {:.3f} minus 0.1. Uniform guessing: {:.3f}.",
+        "zh": "高于 {:.3f}（{} {:.3f} 减 0.1）视为未训练成功；均匀猜测为 {:.3f}。",
     },
 }
 
@@ -154,7 +155,9 @@ def print_comparison(console: Console, result: dict[str, Any], lang: str) -> Non
     """Print the table and what was found."""
     summary = summarise(result)
     console.print(_table(summary, lang))
-    line = WORDS["lines"][lang].format(summary.unigram - 0.1, summary.unigram, summary.uniform)
+    name = summary.words["line"][lang == "zh"]
+    unigram, uniform = summary.unigram, summary.uniform
+    line = WORDS["lines"][lang].format(unigram - MARGIN, name, unigram, uniform)
     console.print(line, highlight=False)
     console.print()
     for statement in statements(summary):
@@ -164,12 +167,15 @@ def print_comparison(console: Console, result: dict[str, Any], lang: str) -> Non
 
 
 def _table(summary: Summary, lang: str) -> Table:
-    names = ["wiring", "depth", "rate", "warm-up", "loss", "outcome", "slope", "growth"]
-    names += ["equal_time", "equal_flops", "speed", "parameters"]
+    images = summary.unit == "images"
+    names = ["wiring", "depth", "rate", "warm-up", "loss", "training"]
+    names += ["accuracy"] * images + ["outcome", "slope", "growth", "equal_time", "equal_flops"]
     table = Table(box=None, pad_edge=False)
     for name in names:
         left = name in ("wiring", "outcome")
         table.add_column(WORDS[name][lang], justify="left" if left else "right", overflow="fold")
+    table.add_column(summary.words["speed"][lang == "zh"], justify="right")
+    table.add_column(WORDS["parameters"][lang], justify="right")
     for row in summary.rows():
         spread = f" [{number(row['low'], 2)}, {number(row['high'], 2)}]" if row["seeds"] > 1 else ""
         table.add_row(
@@ -178,6 +184,8 @@ def _table(summary: Summary, lang: str) -> Table:
             f"{row['lr']:g}",
             str(row["warmup"]),
             f"{number(row['loss'])}{spread}",
+            number(row["training"]),
+            *([f"{100 * row['accuracy']:.1f} %"] if images else []),
             Text(STATUS[row["status"]][lang], style=COLOURS[row["status"]]),
             number(row["slope"], 2),
             f"{number(row['growth'], 1)}x",
@@ -187,15 +195,3 @@ def _table(summary: Summary, lang: str) -> Table:
             f"{row['parameters']:,}",
         )
     return table
-
-
-def print_catalogue(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print the catalogue, one line for each wiring."""
-    table = Table(box=None, pad_edge=False)
-    for name in ("name", "equation", "starts equal to", "final norm", "paper"):
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        name = row["name"] + "".join(f" {k}={v}" for k, v in row["options"].items())
-        norm = "needed" if row["final_norm"] else "no"
-        table.add_row(name, row["equation"], row["at_start"], norm, row["paper"])
-    console.print(table, markup=False, highlight=False)
