@@ -64,7 +64,10 @@ def paths_lines(look: Look, zh: bool) -> list[str]:
     first, last = look["range_90"]
     count = len(look["names"])
     if zh:
-        line = f"路径：平均长度 {mean:.2f}（共 {count} 个连接，相干），90% 的能量在长度 {first} 至 {last}"
+        line = (
+            f"路径：平均长度 {mean:.2f}（共 {count} 个连接，相干），90% 的能量在长度 {first} 至 "
+            f"{last}"
+        )
         line += "" if math.isnan(other) else f"；非相干平均长度 {other:.2f}"
     else:
         line = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import altair as alt
 
@@ -12,8 +12,8 @@ from addnorm.reports.chart_style import GREY, PALETTE, WIDTH, Lang, data, finish
 from addnorm.reports.trace_deep import Look, number, numbers
 
 Draw = Callable[[Look, Lang], Any]
-SHADES = "viridis"  # one hue order for what has no middle
-BALANCE = "blueorange"  # two for what has: 0
+SHADES: Literal["viridis"] = "viridis"  # one hue order for what has no middle
+BALANCE: Literal["blueorange"] = "blueorange"  # two for what has: 0
 
 
 def _word(lang: Lang, en: str, zh: str) -> str:
@@ -69,7 +69,7 @@ def lesion_chart(look: Look, lang: Lang) -> Any:
 def pairs_chart(look: Look, lang: Lang) -> Any:
     """Interaction of two lesions: beyond the sum of the two alone; the singles on the diagonal."""
     singles = numbers(look["singles"])
-    rows = []
+    rows: list[dict[str, Any]] = []
     for i, row in enumerate(look["pairs"]):
         for j, both in enumerate(numbers(row)):
             if not math.isnan(both):
@@ -80,17 +80,14 @@ def pairs_chart(look: Look, lang: Lang) -> Any:
     top = max((abs(r["value"]) for r in rows if math.isfinite(r["value"])), default=0.0) or 1.0
     side = max(200, min(520, 26 * count))
     ticks = list(range(0, count, max(1, math.ceil(count / 24))))
-    axes = [
-        {"field": f, "title": _word(lang, "removed connection", "去除的连接"),
-         "axis": alt.Axis(values=ticks, labelAngle=0)}
-        for f in ("a:O", "b:O")
-    ]  # fmt: skip
+    axis = alt.Axis(values=ticks, labelAngle=0)
+    removed = _word(lang, "removed connection", "去除的连接")
     chart = (
         alt.Chart(data(rows))
         .mark_rect()
         .encode(
-            alt.X(axes[0]["field"], title=axes[0]["title"], axis=axes[0]["axis"]),
-            alt.Y(axes[1]["field"], title=axes[1]["title"], axis=axes[1]["axis"]),
+            alt.X("a:O", title=removed, axis=axis),
+            alt.Y("b:O", title=removed, axis=axis),
             alt.Color(
                 "value:Q",
                 title=_word(lang, "interaction", "交互"),
@@ -230,11 +227,18 @@ def _map(look: Look, x: list[float], y: list[float], losses: list[list[float]], 
     half_x, half_y = ((v[-1] - v[0]) / (len(v) - 1) / 2 for v in (x, y))
     wide = 1.04  # cells overlap a little, or fine lines show between them
     rows = [
-        {"x": a, "y": b, "x0": a - wide * half_x, "x1": a + wide * half_x, "y0": b - wide * half_y, "y1": b + wide * half_y,
-         "loss": losses[i][j]}
+        {
+            "x": a,
+            "y": b,
+            "x0": a - wide * half_x,
+            "x1": a + wide * half_x,
+            "y0": b - wide * half_y,
+            "y1": b + wide * half_y,
+            "loss": losses[i][j],
+        }
         for i, b in enumerate(y)
         for j, a in enumerate(x)
-    ]  # fmt: skip
+    ]
     known = sorted(r["loss"] for r in rows if math.isfinite(r["loss"])) or [0.0]
     skewed = known[-1] - known[0] > 20 * (known[len(known) // 2] - known[0]) > 0
     loss = _word(lang, "loss", "损失")
