@@ -248,7 +248,7 @@ def first_order(
     def gate(k: int, point: Point) -> Tensor:
         update = point.update
         gates[k] = torch.ones((), dtype=update.dtype, device=update.device, requires_grad=True)
-        return gates[k] * update
+        return gates[k] * update.clone()  # the model may change its own in place
 
     with untouched(model), torch.enable_grad():
         model.eval()
