@@ -36,9 +36,10 @@ ALLOWED = {
     "comparison": {
         "contract", "norms", "data", "files", "models", "plugins", "probe", "reports", "training",
     },
+    "targets": {"data", "files", "interop", "plugins", "probe", "runs", "training"},
     "cli": {
         "comparison", "contract", "data", "facts", "files", "models", "plugins", "probe", "reports",
-        "runs", "training",
+        "runs", "targets", "training",
     },
 }  # fmt: skip
 # Imports inside a function that go against the arrows, each with its reason.

@@ -15,7 +15,7 @@ COMMANDS = {
     "compare": "Train the same network under several wirings and depths, X-ray each, report.",
     "train": "Train one model on text or images; resumes after any interruption.",
     "sample": "Generate text from a run.",
-    "xray": "X-ray a run, or pkg.module:function returning a model and its inputs.",
+    "xray": "X-ray a run, a Hugging Face folder, or pkg.module:function returning a model.",
     "wirings": "Show the catalogue: equation, start, paper.",
     "report": "(Re)build the HTML page from saved results.",
     "data": "List the corpora and image sets, describe a text, or build a corpus.",
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"addnorm: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -84,7 +84,7 @@ def _overview() -> str:
             *lines,
             "",
             "addnorm COMMAND --help lists the options of a command; --version prints the version.",
-            "Exit codes: 0 fine, 1 the X-ray found a value that is not finite, 2 bad input,",
+            "Exit codes: 0 fine, 1 the X-ray found something sick, 2 bad input,",
             "70 internal error, 130 interrupted.",
         ]
     )

@@ -80,6 +80,7 @@ class Trace:
     connections: tuple[Connection, ...]
     findings: tuple[Finding, ...] = ()
     coverage: Coverage | None = None  # what discovery saw, what fell back and why
+    fed: str = ""  # what the model was given, in a few words; "" where nobody said
     deep: dict[str, Any] = field(default_factory=dict)  # results of the deeper looks, by name
     schema: int = field(default=SCHEMA)
 
@@ -148,6 +149,7 @@ class Trace:
             connections=connections,
             findings=tuple(Finding(**f) for f in facts["findings"]),
             coverage=seen,
+            fed=facts.get("fed", ""),
             deep=facts.get("deep", {}),
         )
 

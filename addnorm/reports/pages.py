@@ -28,7 +28,6 @@ from addnorm.reports.trace_charts import trace_chart, traces_chart
 from addnorm.reports.trace_deep import both_lines
 from addnorm.reports.trace_deep_charts import deep_charts
 from addnorm.reports.trace_view import (
-    LOSSES,
     MEANINGS,
     OVERALL,
     PANELS,
@@ -38,6 +37,7 @@ from addnorm.reports.trace_view import (
     measured,
     verdict,
 )
+from addnorm.reports.trace_words import chinese, said
 
 Chart = Callable[[Lang], Any]
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -89,7 +89,6 @@ def write_trace_page(trace: dict[str, Any], path: Path, lang: str = "en") -> Non
         "figures": list(figures),
         "vitals": measured(trace["connections"], VITALS),
         "meanings": MEANINGS,
-        "losses": LOSSES,
     }
     _write("trace.html.j2", path, lang, drawn, context)
 
@@ -216,6 +215,7 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "count": count, "breaks": breaks}
+    environment.filters |= {"chinese": chinese, "said": said}
     environment.globals["STATUS"] = STATUS
     return environment
 

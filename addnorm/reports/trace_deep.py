@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from addnorm.reports.trace_words import chinese
+
 Look = Mapping[str, Any]
 WORST = 3  # connections that a line names
 
@@ -55,7 +57,7 @@ def lesion_lines(look: Look, zh: bool) -> list[str]:
             f"{idle} of {len(known)} connections"
         )
         line += "" if math.isnan(r) else f"; correlation with the first-order estimate {r:.2f}"
-    return [line, *noted(look, "lesion", "损毁", zh)]
+    return [line, *noted(look, "lesion", "去除分支", zh)]
 
 
 def paths_lines(look: Look, zh: bool) -> list[str]:
@@ -95,6 +97,33 @@ def landscape_lines(look: Look, zh: bool) -> list[str]:
     return [line, *noted(look, "landscape", "损失曲面", zh)]
 
 
+def lens_lines(look: Look, zh: bool) -> list[str]:
+    """Return from which depth on the model answers as it does at the end, and that it is biased."""
+    depths, agreement = look["depths"], numbers(look["agreement"])
+    off = [i for i, a in enumerate(agreement) if not a >= 0.5]
+    settled = depths[off[-1] + 1] if off else depths[0]  # the whole model agrees with itself
+    half, last = agreement[len(depths) // 2], depths[-1]
+    if zh:
+        lines = [
+            f"透镜：从第 {settled} 个连接之后起，至少一半的回答与完整模型相同（共 {last} 个连接）；"
+            f"在一半深度处为 {half:.0%}；{look['label_zh']}"
+        ]
+    else:
+        lines = [
+            f"lens: after {settled} of {last} connections at least half of the answers are those "
+            f"of the whole model, at half depth {half:.0%}; {look['label']}"
+        ]
+    if not look["complete"]:
+        left = last + 1 - len(depths)
+        lines.append(
+            f"透镜：预算用完，{left} 个深度未读"
+            if zh
+            else f"lens: the budget left out {left} depths"
+        )
+    names = [chinese(n) if zh else str(n) for n in look.get("notes", ())]
+    return [*lines, *(f"透镜：{n}" if zh else f"lens: {n}" for n in names)]
+
+
 def whiteness_lines(look: Look, zh: bool) -> list[str]:
     """Return how far the input gradient is from white noise along a line."""
     first, top = number(look["autocorrelation"][1]), number(look["white_high"][1])
@@ -120,12 +149,13 @@ def whiteness_lines(look: Look, zh: bool) -> list[str]:
 def noted(look: Look, en: str, zh_name: str, zh: bool) -> list[str]:
     """Return the note of a look, where it has one."""
     note = look.get("note", "")
-    return [f"{zh_name}：{note}" if zh else f"{en}: {note}"] if note else []
+    return [f"{zh_name}：{chinese(note)}" if zh else f"{en}: {note}"] if note else []
 
 
 LINES: dict[str, Callable[[Look, bool], list[str]]] = {
     "lesion": lesion_lines,
     "paths": paths_lines,
     "landscape": landscape_lines,
+    "lens": lens_lines,
     "whiteness": whiteness_lines,
 }

@@ -14,7 +14,6 @@ from rich.text import Text
 from addnorm.reports.trace_deep import deep_lines
 from addnorm.reports.trace_view import (
     BY_KEY,
-    LOSSES,
     OVERALL,
     PANELS,
     SEVERITIES,
@@ -29,6 +28,7 @@ from addnorm.reports.trace_view import (
     value_of,
     verdict,
 )
+from addnorm.reports.trace_words import chinese, said
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 LOST = "×"  # not finite
@@ -145,7 +145,11 @@ def _head(trace: Row, zh: bool) -> Text:
     else:
         plural = "connection" if count == 1 else "connections"
         text = f"{model}, {wiring or 'no wiring of addnorm'}, {count} {plural}: "
-    return Text(text, style="bold").append(safe(trace["blocks"]), style="not bold")
+    found = chinese(trace["blocks"]) if zh else trace["blocks"]
+    line = Text(text, style="bold").append(safe(found), style="not bold")
+    if fed := trace.get("fed"):
+        line.append(safe(f"；输入：{chinese(fed)}" if zh else f"; given {fed}"), style="not bold")
+    return line
 
 
 def _sparklines(trace: Row, zh: bool) -> Table:
@@ -182,7 +186,11 @@ def _table(trace: Row, zh: bool, everything: bool) -> Table:
     for i in range(count) if everything else folded(count, named):
         if isinstance(i, tuple):
             left = i[1] - i[0] + 1
-            words = f"… 略去 {left} 个 …" if zh else f"… {left:,} more, --all shows them …"
+            words = (
+                f"… 另有 {left} 个，--all 显示全部 …"
+                if zh
+                else f"… {left:,} more, --all shows them …"
+            )
             table.add_row("", Text(words, style="dim"))
             continue
         c = connections[i]
@@ -195,8 +203,8 @@ def _table(trace: Row, zh: bool, everything: bool) -> Table:
 
 def _overall(trace: Row, zh: bool) -> Text:
     slope, growth = value_of(trace, "gradient_slope"), value_of(trace, "stream_growth")
-    loss, kind = value_of(trace, "loss"), safe(trace["loss_kind"])
-    kind = LOSSES.get(kind, kind) if zh else kind
+    loss, kind = value_of(trace, "loss"), trace["loss_kind"]
+    kind = safe(chinese(kind) if zh else kind)
     if zh:
         text = (
             f"梯度斜率 {short(slope, '+.2f')}（每 10 个连接的数量级），残差流增长 "
@@ -225,8 +233,9 @@ def _findings(trace: Row, zh: bool, everything: bool) -> list[Text]:
             shown = SEVERITIES.get(severity, severity) if zh else severity
             line = Text(safe(shown), style=COLOURS.get(severity, ""))
             at = "位于" if zh else "at"
-            lines.append(line.append(f" {safe(f['code'])} {at} {safe(f['where'])}", style="bold"))
-            values = (f["value"], f["expected"], f["why"], f["remedy"], f["source"])
+            where = safe(said(f, "where", zh))
+            lines.append(line.append(f" {safe(f['code'])} {at} {where}", style="bold"))
+            values = [said(f, key, zh) for key in ("value", "expected", "why", "remedy", "source")]
             lines += [
                 Text(f"  {name:{width}}{safe(value)}")
                 for name, value in zip(names, values, strict=True)
@@ -253,9 +262,9 @@ def compared(difference: dict[str, Any], lang: str = "en", everything: bool = Fa
     overall.add_column("")
     for letter, name in zip("ab", names, strict=True):
         overall.add_column(f"{letter}: {name}", justify="right", overflow="fold")
-    for key, en, chinese, form in OVERALL:
+    for key, en, zh_name, form in OVERALL:
         cells = [short(value_of(side, key), form) for side in (a, b)]
-        overall.add_row(chinese if zh else en, *cells)
+        overall.add_row(zh_name if zh else en, *cells)
     overall.add_row(
         "发现" if zh else "findings", *(safe(verdict(side["findings"])[zh]) for side in (a, b))
     )
@@ -278,7 +287,11 @@ def _side_by_side(difference: dict[str, Any], zh: bool, everything: bool) -> Tab
     for i in range(len(rows)) if everything else folded(len(rows), ()):
         if isinstance(i, tuple):
             left = i[1] - i[0] + 1
-            words = f"… 略去 {left} 个 …" if zh else f"… {left:,} more, --all shows them …"
+            words = (
+                f"… 另有 {left} 个，--all 显示全部 …"
+                if zh
+                else f"… {left:,} more, --all shows them …"
+            )
             table.add_row("", Text(words, style="dim"))
             continue
         row = rows[i]
@@ -301,12 +314,13 @@ def _changes(difference: dict[str, Any], zh: bool) -> list[Text]:
         ("stayed", "in both", "两者皆有", ""),
     )
     lines = []
-    for key, en, chinese, style in words:
+    for key, en, zh_name, style in words:
         for f in difference[key]:
             shown = str(f["severity"])
             severity = SEVERITIES.get(shown, shown) if zh else shown
-            line = Text(chinese if zh else en, style=style)
+            line = Text(zh_name if zh else en, style=style)
             at = "位于" if zh else "at"
-            text = f" {severity} {f['code']} {at} {f['where']}: {f['why']}"
+            where, why = said(f, "where", zh), said(f, "why", zh)
+            text = f" {severity} {f['code']} {at} {where}{'：' if zh else ': '}{why}"
             lines.append(line.append(safe(text), style="not bold default"))
     return lines or [Text("两者都没有发现" if zh else "no findings in either")]

@@ -11,14 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from addnorm.reports.trace_words import chinese
+
 Row = Mapping[str, Any]
 SEVERITIES = {"sick": "病态", "warning": "警告", "note": "提示"}  # worst first
-LOSSES = {
-    "cross-entropy": "交叉熵",
-    "random direction": "与随机方向的内积",
-    "the model's own loss": "模型自身的损失",
-    "the loss that was given": "给定的损失",
-}
 ROWS = 60  # of the table of connections, unless all are asked for
 NAMED = 9  # rows in the middle of a long table that a finding names
 SHOWN = 3  # findings of one code that are shown in full
@@ -179,16 +175,20 @@ def coverage_lines(coverage: Row | None, zh: bool) -> list[str]:
     opaque, notes = coverage.get("opaque", {}), coverage.get("notes", ())
     kinds = Counter(map(str, fallbacks.values()))
     if zh:
-        lines = [f"{additions} 个加法中识别出 {seen} 个连接"]
-        lines += [f"{count} 个加法不是连接：{reason}" for reason, count in ignored.items()]
-        lines += [f"{count} 个块按整体测量：{reason}" for reason, count in kinds.items()]
-        lines += [f"{name} 的 {count} 次调用不可见" for name, count in opaque.items()]
-    else:
-        lines = [f"{seen} connections among {additions} additions"]
-        lines += [f"{count} ignored: {reason}" for reason, count in ignored.items()]
-        lines += [f"{count} blocks taken whole: {reason}" for reason, count in kinds.items()]
-        lines += [f"{count} calls of {name} out of sight" for name, count in opaque.items()]
+        lines = [f"{additions} 个加法，{seen} 个连接"]
+        lines += [f"{n} 个加法不是连接：{chinese(reason)}" for reason, n in ignored.items()]
+        lines += [f"{n} 个块按整体测量：{chinese(reason)}" for reason, n in kinds.items()]
+        lines += [f"{name} 的 {n} 次调用不可见" for name, n in opaque.items()]
+        return [*lines, *map(chinese, notes)]
+    lines = [f"{_counted(seen, 'connection')} among {_counted(additions, 'addition')}"]
+    lines += [f"{n} ignored: {reason}" for reason, n in ignored.items()]
+    lines += [f"{_counted(n, 'block')} taken whole: {reason}" for reason, n in kinds.items()]
+    lines += [f"{_counted(n, 'call')} of {name} out of sight" for name, n in opaque.items()]
     return [*lines, *map(str, notes)]
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 # -- long tables -------------------------------------------------------------------------------
