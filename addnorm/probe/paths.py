@@ -330,7 +330,19 @@ def _ordinary(
         return torch.zeros(1, dtype=torch.float64)
     found = torch.autograd.grad(value, entered, allow_unused=True)
     parts = [torch.zeros_like(t) if g is None else g for g, t in zip(found, entered, strict=True)]
-    return torch.cat([p.flatten().double() for p in parts])
+    return torch.cat([p.flatten().double() for p in _merged(parts, entered)])
+
+
+def _merged(gradients: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
+    """Add up the gradients of tensors that are one and the same under several names.
+
+    A stack may open its stream as (x, x); the gradient is that at x.
+    """
+    by_place: dict[tuple[object, ...], Tensor] = {}
+    for gradient, tensor in zip(gradients, tensors, strict=True):
+        place = tensor.data_ptr(), tensor.shape, tensor.stride()
+        by_place[place] = by_place[place] + gradient if place in by_place else gradient
+    return list(by_place.values())
 
 
 class _Network:
@@ -367,7 +379,7 @@ class _Network:
             self._note(held)
         first = held[0]
         assert first is not None
-        return [_longer(t, n + 1) for t in first]
+        return [_longer(t, n + 1) for t in _merged(first, self.points[0])]
 
     def enumerate(self) -> list[float]:
         """Return the sums over the paths of each length of `|g_p|^2`, depth first.
@@ -386,7 +398,8 @@ class _Network:
             if i < 0:
                 first = held[0]
                 if first is not None:
-                    squares = sum(t.flatten(1).double().square().sum(1) for t in first)
+                    whole = _merged(first, self.points[0])
+                    squares = sum(t.flatten(1).double().square().sum(1) for t in whole)
                     assert isinstance(squares, Tensor)
                     for k, square in zip(lengths.tolist(), squares.tolist(), strict=True):
                         energy[k] += square
