@@ -54,7 +54,7 @@ def cell(wiring: str, seed: int, folder: Path) -> dict[str, Any]:
     )
     choice = Choice(precision="float32", threads=1)
     run = train(model, data, replace(CONFIG, seed=seed), Runtime(device="cpu"), choice=choice)
-    batch = next(data.validation_batches(WINDOWS, 1))
+    batch = tuple(map(torch.as_tensor, next(data.validation_batches(WINDOWS, 1))))
     trace = xray(model.eval(), *batch, deep=("lesion",), budget=600)
     layers = lesions(model, *batch, singles=False, runs=(2,), estimate=False, budget=600)
     facts = {

@@ -65,18 +65,28 @@ _TABLE = tuple((re.compile(en), zh) for en, zh in PHRASES)
 def chinese(text: object) -> str:
     """Return a phrase of the X-ray in Chinese; what is not known stays English.
 
-    Phrases joined by `; ` or `, ` are taken one by one where the whole is not known.
+    Phrases joined by `; ` or `, ` are taken one by one.
     """
     whole = str(text)
+    if (turned := _joined(whole, "; ", "；")) or (turned := _phrase(whole)):
+        return turned
+    return _joined(whole, ", ", "，") or whole
+
+
+def _phrase(whole: str) -> str:
     for pattern, zh in _TABLE:
         if found := pattern.fullmatch(whole):
-            return zh.format(*map(chinese, found.groups())) if found.groups() else zh
-    for between, joint in (("; ", "；"), (", ", "，")):
-        parts = whole.split(between)
-        turned = [chinese(part) for part in parts]
-        if len(parts) > 1 and all(a != b for a, b in zip(parts, turned, strict=True)):
-            return joint.join(turned)
-    return whole
+            return zh.format(*map(chinese, found.groups()))
+    return ""
+
+
+def _joined(whole: str, between: str, joint: str) -> str:
+    """Return the Chinese of both parts, where both are known."""
+    first, more, rest = whole.partition(between)
+    if not more:
+        return ""
+    turned = chinese(first), chinese(rest)
+    return joint.join(turned) if turned[0] != first and turned[1] != rest else ""
 
 
 def said(row: Mapping[str, object], key: str, zh: bool) -> str:
