@@ -42,7 +42,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from addnorm import MLP, MLPConfig, ResNet, ResNetConfig
-from addnorm.probe import landscape as probe
+from addnorm.probe.landscape import filter_normalised, landscape
+from addnorm.probe.surface import Landscape, Moved
 from addnorm.training.loop import pick_device
 
 POINTS = 51
@@ -87,9 +88,9 @@ def trained(make: Callable[[], nn.Module], x: Tensor, y: Tensor, steps: int) -> 
 def exact(model: nn.Module, x: Tensor, y: Tensor, radius: float) -> Tensor:
     """Return the dense picture, by the same directions."""
     generator = torch.Generator().manual_seed(0)
-    directions = [probe.filter_normalised(model, generator) for _ in range(2)]
+    directions = [filter_normalised(model, generator) for _ in range(2)]
     axis = torch.linspace(-radius, radius, POINTS).tolist()
-    with probe._Probe(model, (x, y, None), directions, None) as at:
+    with Moved(model, (x, y, None), directions, None) as at:
         return torch.tensor([[at.at([a, b]) for a in axis] for b in axis])
 
 
@@ -138,8 +139,8 @@ def measure(
     x, y = x[: options.batch], y[: options.batch]
     truth = exact(model, x, y, options.radius)
 
-    def ours(limit: int) -> probe.Landscape:
-        return probe.landscape(
+    def ours(limit: int) -> Landscape:
+        return landscape(
             model, x, y, points=POINTS, radius=options.radius, evaluations=limit, budget=1e9
         )
 

@@ -11,16 +11,9 @@ from torch import nn
 
 from addnorm import GPT, GPTConfig
 from addnorm.probe import landscape as module
-from addnorm.probe.landscape import (
-    LEVELS,
-    Landscape,
-    barycentric,
-    chebyshev,
-    filter_normalised,
-    landscape,
-    line,
-    trajectory,
-)
+from addnorm.probe import surface as surfaces
+from addnorm.probe.landscape import filter_normalised, landscape, line, trajectory
+from addnorm.probe.surface import LEVELS, Landscape, barycentric, chebyshev
 
 
 class Quadratic(nn.Module):
@@ -299,7 +292,7 @@ def test_no_time_gives_the_coarsest_grid():
 
 def test_time_is_predicted_from_what_a_pass_took(monkeypatch):
     clock = iter(range(10**6))  # a second at every look
-    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(surfaces.time, "monotonic", lambda: next(clock))
     model, (inputs, targets) = small_net(depth=6), small_batch()
     # Before 9 nodes: 2 s for 61 passes, so 1.8 s for 56 more; before 17: 3 s, and 5.3 s for 208.
     assert landscape(model, inputs, targets, radius=3.0, budget=3.7).nodes == 5

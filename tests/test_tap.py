@@ -8,7 +8,8 @@ from torch.utils.checkpoint import checkpoint
 
 from addnorm import Stack
 from addnorm.probe.discover import discover
-from addnorm.probe.tap import Point, Visitor, sides, tapped
+from addnorm.probe.spelling import sides
+from addnorm.probe.tap import Point, Visitor, tapped
 
 D = 6
 

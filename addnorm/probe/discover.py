@@ -28,18 +28,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from addnorm.contract import Stack, Wiring
 from addnorm.probe.losses import call_model
 from addnorm.probe.purity import eager, untouched, unwrap
+from addnorm.probe.spelling import STACKED, function_name, in_place, operands
 from addnorm.probe.structure import Coverage, Join, Place, Structure
-from addnorm.probe.tap import (
-    STACKED,
-    Chain,
-    Frames,
-    Key,
-    first_tensor,
-    function_name,
-    in_place,
-    is_float,
-    operands,
-)
+from addnorm.probe.tap import Chain, Frames, Key, first_tensor, is_float
 
 # What a tensor is that is no node of the graph.
 CONSTANT, WEIGHT, SIDE = -1, -2, -3  # SIDE: made of the input's integers only, such as a mask
