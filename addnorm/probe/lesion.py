@@ -148,16 +148,7 @@ def lesions(
             table = {k: _runs(replay, whole, due, k) for k in lengths}
             reordered = [_reordered(replay, whole, *plan) for plan in due.of(plans)]
             due.tell()
-    notes = list(replay.notes)
-    if due.done < due.total:
-        notes.append(
-            f"the budget of {budget:g} s ended after {due.done} of {due.total} evaluations"
-        )
-    if order != "none" and not plans:
-        notes.append("no two neighbouring blocks are interchangeable")
-    failed = sum(math.isnan(o.delta) for o in reordered)
-    if failed and not math.isnan(whole.loss):
-        notes.append(f"the model did not run in {failed} of {len(reordered)} orders")
+    nothing = order != "none" and not plans
     return Lesions(
         names=list(structure.names),
         clean=whole.loss,
@@ -169,7 +160,7 @@ def lesions(
         first_order=estimates,
         correlation=_correlation(estimates, single),
         way=replay.way,
-        note="; ".join(notes),
+        note="; ".join(_notes(replay, due, budget, nothing, reordered, whole)),
         complete=due.done == due.total,
         evaluations=replay.evaluations,
         forwards=replay.work / n,
@@ -177,6 +168,28 @@ def lesions(
         seed=seed,
         seconds=time.monotonic() - began,
     )
+
+
+def _notes(
+    replay: Replay,
+    due: _Due,
+    budget: float,
+    nothing: bool,
+    reordered: Sequence[Reordering],
+    whole: Pass,
+) -> list[str]:
+    """Return what there is to say about how it was done and what was left out."""
+    notes = list(replay.notes)
+    if due.done < due.total:
+        notes.append(
+            f"the budget of {budget:g} s ended after {due.done} of {due.total} evaluations"
+        )
+    if nothing:
+        notes.append("no two neighbouring blocks are interchangeable")
+    failed = sum(math.isnan(o.delta) for o in reordered)
+    if failed and not math.isnan(whole.loss):
+        notes.append(f"the model did not run in {failed} of {len(reordered)} orders")
+    return notes
 
 
 class _Due:

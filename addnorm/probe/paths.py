@@ -154,14 +154,8 @@ def spectrum(
         raise ValueError(f"samples {samples} must be at least 2, or there is no error estimate")
     model = unwrap(model)
     structure = structure or discover(model, inputs)
-    outer = [k for k, join in enumerate(structure.joins) if join.inside is None]
+    outer = _outer(structure, incoherent)
     n = len(outer)
-    if not n:
-        raise ValueError("no connection was found: there is only one path")
-    if incoherent == "exact" and n > EXACT:
-        raise ValueError(
-            f"incoherent='exact' enumerates 2^{n} paths; above {EXACT} connections say 'sample'"
-        )
     told = progress or (lambda _done, _total: None)
     with untouched(model), torch.enable_grad():
         model.eval()
@@ -173,10 +167,8 @@ def spectrum(
         whole = _ordinary(model, structure, inputs, targets, loss, outer[0])
         norms, shares, check = _by_length(net, whole, structure.names[outer[0]])
         products = net.products
-        one = time.monotonic() - began
         if incoherent == "auto":
-            paths = one * (2**n - 1) / max(1, n * (n + 1) // 2)  # seconds, were they enumerated
-            incoherent = "exact" if n <= EXACT and paths < max(budget - one, 1.0) else "sample"
+            incoherent = _affordable(n, time.monotonic() - began, budget)
         energy, error, taken = [], [], 0
         if incoherent == "exact":
             told(1, 2)
@@ -207,6 +199,25 @@ def spectrum(
         seed=seed,
         seconds=time.monotonic() - began,
     )
+
+
+def _outer(structure: Structure, incoherent: Incoherent) -> list[int]:
+    """Return the connections that lie inside no other's branch."""
+    outer = [k for k, join in enumerate(structure.joins) if join.inside is None]
+    if not outer:
+        raise ValueError("no connection was found: there is only one path")
+    if incoherent == "exact" and len(outer) > EXACT:
+        raise ValueError(
+            f"incoherent='exact' enumerates 2^{len(outer)} paths; above {EXACT} connections say "
+            "'sample'"
+        )
+    return outer
+
+
+def _affordable(n: int, spent: float, budget: float) -> Incoherent:
+    """Return "exact" where all paths are likely to fit in the budget, else "sample"."""
+    ahead = spent * (2**n - 1) / (n * (n + 1) // 2)  # by the products that took what was spent
+    return "exact" if n <= EXACT and ahead < max(budget - spent, 1.0) else "sample"
 
 
 def _by_length(net: Network, whole: Tensor, first: str) -> tuple[list[float], list[float], float]:
