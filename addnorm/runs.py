@@ -1,11 +1,13 @@
 """Runs: put a model, its data and the trainer together, keep them in a folder, and sample.
 
 A run folder holds `config.json` (model, data, training, how it is computed), `tokenizer.json`,
-`metrics.jsonl`, `model.safetensors`, `checkpoint.safetensors` and `summary.json`.
+`metrics.jsonl`, `watch.jsonl` (what passed the connections), `model.safetensors`,
+`checkpoint.safetensors` and `summary.json`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -22,8 +24,10 @@ from addnorm.files import locked, read_json, read_lines, write_json
 from addnorm.generation import Sampling, generate
 from addnorm.models.zoo import KINDS, fitted, kind_of
 from addnorm.plugins import absolute, load_plugins, own_code, resolve
-from addnorm.probe.trace import Trace
+from addnorm.probe.loggers import JsonLines
+from addnorm.probe.trace import Finding, Trace
 from addnorm.probe.vitals import xray
+from addnorm.probe.watch import Watch, describe_finding, watch
 from addnorm.training.checkpoint import load_file, load_weights
 from addnorm.training.config import Runtime, TrainConfig
 from addnorm.training.loop import Observer, Run, pick_device, to_device, train_loop
@@ -90,7 +94,10 @@ def train(
     device = pick_device(runtime.device)
     _check_output(model.to(device), data, config, device)
     if out is None:
-        return train_loop(model, data, config, runtime, choice=choice, observer=observer)
+        with _watching(model, runtime, None, observer) as watcher:
+            return train_loop(
+                model, data, config, runtime, choice=choice, observer=observer, watcher=watcher
+            )
     folder = Path(out)
     with locked(folder):
         if (folder / "config.json").exists():
@@ -107,16 +114,18 @@ def train(
             "data": data.describe(),
             "plugins": absolute(plugins),
         }
-        return train_loop(
-            model,
-            data,
-            config,
-            runtime,
-            choice=choice,
-            folder=folder,
-            facts=facts,
-            observer=observer,
-        )
+        with _watching(model, runtime, folder, observer) as watcher:
+            return train_loop(
+                model,
+                data,
+                config,
+                runtime,
+                choice=choice,
+                folder=folder,
+                facts=facts,
+                observer=observer,
+                watcher=watcher,
+            )
 
 
 def resume(folder: str | Path, observer: Observer | None = None) -> Run:
@@ -131,16 +140,53 @@ def resume(folder: str | Path, observer: Observer | None = None) -> Run:
         data = _data(folder, facts)
         config, runtime = TrainConfig(**facts["train"]), Runtime(**facts["runtime"])
         torch.manual_seed(config.seed)
-        return train_loop(
-            build_model(facts["model"], data),
-            data,
-            config,
-            runtime,
-            choice=choice_from(facts["choice"]),
-            folder=folder,
-            resume=(folder / "checkpoint.safetensors").exists(),
-            observer=observer,
+        model = build_model(facts["model"], data).to(pick_device(runtime.device))
+        with _watching(model, runtime, folder, observer) as watcher:
+            return train_loop(
+                model,
+                data,
+                config,
+                runtime,
+                choice=choice_from(facts["choice"]),
+                folder=folder,
+                resume=(folder / "checkpoint.safetensors").exists(),
+                observer=observer,
+                watcher=watcher,
+            )
+
+
+@contextlib.contextmanager
+def _watching(
+    model: nn.Module, runtime: Runtime, folder: Path | None, observer: Observer | None
+) -> Iterator[Watch | None]:
+    """Watch a model that is on its device; yield None where that is off or it has no blocks.
+
+    The observer hears of a finding when it is made; without one it is a warning.
+    """
+    if not runtime.watch:
+        yield None
+        return
+    path = None if folder is None else folder / "watch.jsonl"
+
+    def tell(finding: Finding, step: int) -> None:
+        (observer or Observer()).say(describe_finding(finding, step))
+
+    try:
+        watched = watch(
+            model,
+            runtime.watch,
+            None if path is None else JsonLines(path),
+            on_finding=None if observer is None else tell,
         )
+    except ValueError as error:  # one of the user's own
+        (observer or Observer()).say(f"not watched: {error}")
+        yield None
+        return
+    before = read_lines(path) if path is not None else []
+    if before:  # where the run resumes
+        watched.first = before[0]
+    with watched:
+        yield watched
 
 
 def load_run(folder: str | Path) -> Run:

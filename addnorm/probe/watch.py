@@ -261,10 +261,11 @@ class Watch:
 
     def close(self) -> None:
         """Fetch what is left and take all hooks off: the model is as before `watch`."""
-        self._detach()
+        self.abandon()
         self.flush()
 
-    def _detach(self) -> None:
+    def abandon(self) -> None:
+        """Take all hooks off and fetch nothing: after an error others may not come to a flush."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -279,8 +280,8 @@ class Watch:
         _error: BaseException | None,
         _trace: TracebackType | None,
     ) -> None:
-        self._detach()
-        if kind is None:  # after an error the other processes may never come to their transfer
+        self.abandon()
+        if kind is None:
             self.flush()
 
     def row(self) -> dict[str, float]:

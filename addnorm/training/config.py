@@ -107,7 +107,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True)
 class Runtime:
-    """How the machine computes it; `auto` measures a few steps and keeps the fastest."""
+    """How the machine computes it, where `auto` keeps the fastest of a few steps, and looks on."""
 
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
@@ -117,7 +117,10 @@ class Runtime:
     """torch.compile; auto tries it only where the run is long enough to pay for it"""
     threads: int = 0
     """CPU threads of one training; 0 keeps what torch chose"""
+    watch: int = 100
+    """steps from one look at stream and gradients to the next, kept in watch.jsonl; 0 for none"""
 
     def __post_init__(self) -> None:
-        if self.threads < 0:
-            raise ValueError(f"threads {self.threads} must be at least 0")
+        for name in ("threads", "watch"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 0")

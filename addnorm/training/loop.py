@@ -76,6 +76,22 @@ class Observer:
         """Hear validation loss and, of images, accuracy (else NaN) after `step` steps."""
 
 
+class Watcher(Protocol):
+    """What looks on at the steps from outside, such as `addnorm.watch` returns."""
+
+    def begin(self, step: int) -> None:
+        """Begin after so many steps; what was seen before is of no account."""
+
+    def before_update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Look at the gradients as the optimizer gets them."""
+
+    def after_update(self, loss: Tensor) -> None:
+        """Look at what the optimizer changed, and end the step."""
+
+    def flush(self) -> None:
+        """Write down what was seen."""
+
+
 class Evaluation(NamedTuple):
     """A validation: loss in nats, and for images the shares that were right, else NaN."""
 
@@ -219,6 +235,7 @@ def train_loop(
     facts: dict[str, Any] | None = None,
     resume: bool = False,
     observer: Observer | None = None,
+    watcher: Watcher | None = None,
 ) -> Run:
     """Train `model` on `data` and return the run.
 
@@ -257,8 +274,10 @@ def train_loop(
         _evaluate(run, observer)
         writer.checkpoint()
     try:
+        if watcher is not None:
+            watcher.begin(run.step)
         with _interrupt() as interrupted:
-            _steps(run, optimizer, loss, observer, writer, interrupted, device)
+            _steps(run, optimizer, loss, observer, watcher, writer, interrupted, device)
     finally:
         torch.set_num_threads(threads)
     if run.status == "interrupted":
@@ -281,6 +300,7 @@ def _steps(
     optimizer: torch.optim.Optimizer,
     loss_of: Callable[[Tensor, Tensor], Tensor],
     observer: Observer,
+    watcher: Watcher | None,
     writer: _Writer,
     interrupted: Callable[[], bool],
     device: torch.device,
@@ -307,9 +327,13 @@ def _steps(
         waiting.append(_Taken(loss.detach(), norm, rate, batch))
         bad = ~torch.isfinite(norm + loss.detach())
         setattr(optimizer, "found_inf", bad.float())  # noqa: B010  # what GradScaler sets
+        if watcher is not None:
+            watcher.before_update(optimizer)
         optimizer.step()
         if isinstance(run.model, Constrained):
             run.model.after_step()
+        if watcher is not None:
+            watcher.after_update(loss)
         optimizer.zero_grad(set_to_none=True)
         run.step += 1
         run.tokens += batch[1].numel()
@@ -318,6 +342,8 @@ def _steps(
         if not pause and len(waiting) < log_every:
             continue
         run.seconds = spent + time.perf_counter() - began
+        if watcher is not None and pause:
+            watcher.flush()
         if not _read(run, waiting, writer):
             writer.stop()
             return
@@ -407,14 +433,14 @@ class _Writer:
             write_json(self.run.folder / "summary.json", self.run.summary())
 
     def restore(self) -> None:
-        """Go back to the checkpoint: state, counters, and the metrics up to its step."""
+        """Go back to the checkpoint: state, counters, and what was logged up to its step."""
         run = self.run
         assert run.folder is not None
         facts = self.state.load(run.folder / "checkpoint.safetensors")
         run.step, run.seconds, run.tokens = facts["step"], facts["seconds"], facts["tokens"]
         run.status = "finished" if run.step == run.config.steps else "running"
-        kept = [r for r in read_lines(run.folder / "metrics.jsonl") if r["step"] <= run.step]
-        write_text(run.folder / "metrics.jsonl", "".join(map(json_line, kept)))
+        kept = _cut(run.folder / "metrics.jsonl", run.step)
+        _cut(run.folder / "watch.jsonl", run.step)
         run.losses = [r["loss"] for r in kept if "loss" in r]
         run.evaluations = [
             Evaluation(
@@ -427,6 +453,14 @@ class _Writer:
             if "validation" in r
         ]
         self.written = len(run.evaluations)
+
+
+def _cut(path: Path, step: int) -> list[dict[str, Any]]:
+    """Leave the rows up to `step` in a JSON Lines file, where there is one, and return them."""
+    kept = [row for row in read_lines(path) if row["step"] <= step]
+    if path.exists():
+        write_text(path, "".join(map(json_line, kept)))
+    return kept
 
 
 @contextlib.contextmanager
