@@ -132,23 +132,19 @@ def lesions(
     for length in runs:
         if not 1 <= length <= n:
             raise ValueError(f"runs holds {length}; it must be from 1 to {n}, the connections")
-    estimates: list[float] = []
-    if estimate:
-        estimates = first_order(model, inputs, targets, loss=loss, structure=structure)
+    slopes = first_order(model, inputs, targets, loss=loss, structure=structure) if estimate else []
     plans = _orders(interchangeable(model, structure) if order != "none" else [], order, seed)
     replay = Replay(model, structure, inputs, targets, loss)
-    lengths = dict.fromkeys(runs)
-    total = n * (singles or pairs) + n * (n - 1) // 2 * pairs
-    due = _Due(total + sum(n - k + 1 for k in lengths) + len(plans), began + budget, progress)
-    with untouched(model), torch.no_grad():
+    lengths, singles = dict.fromkeys(runs), singles or pairs
+    total = n * singles + n * (n - 1) // 2 * pairs + sum(n - k + 1 for k in lengths) + len(plans)
+    due = _Due(total, began + budget, progress)
+    with untouched(model), torch.no_grad(), replay.opened():
         model.eval()
-        with replay.opened():
-            whole = replay.clean()
-            single, matrix = _removed(replay, whole, due, singles or pairs, pairs)
-            table = {k: _runs(replay, whole, due, k) for k in lengths}
-            reordered = [_reordered(replay, whole, *plan) for plan in due.of(plans)]
-            due.tell()
-    nothing = order != "none" and not plans
+        whole = replay.clean()
+        single, matrix = _removed(replay, whole, due, singles, pairs)
+        table = {k: _runs(replay, whole, due, k) for k in lengths}
+        reordered = [_reordered(replay, whole, *plan) for plan in due.of(plans)]
+        due.tell()
     return Lesions(
         names=list(structure.names),
         clean=whole.loss,
@@ -157,10 +153,12 @@ def lesions(
         pairs=matrix,
         runs=table,
         order=reordered,
-        first_order=estimates,
-        correlation=_correlation(estimates, single),
+        first_order=slopes,
+        correlation=_correlation(slopes, single),
         way=replay.way,
-        note="; ".join(_notes(replay, due, budget, nothing, reordered, whole)),
+        note="; ".join(
+            _notes(replay, due, budget, order != "none" and not plans, reordered, whole)
+        ),
         complete=due.done == due.total,
         evaluations=replay.evaluations,
         forwards=replay.work / n,

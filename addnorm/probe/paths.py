@@ -161,12 +161,10 @@ def spectrum(
         model.eval()
         cut = Cut(outer)
         with tapped(model, structure, cut):
-            output = call_model(model, inputs)
-        value, kind = loss_of(output, targets, loss)
+            value, kind = loss_of(call_model(model, inputs), targets, loss)
         net = Network(cut, value)
         whole = _ordinary(model, structure, inputs, targets, loss, outer[0])
-        norms, shares, check = _by_length(net, whole, structure.names[outer[0]])
-        products = net.products
+        by_length = _by_length(net, whole, structure.names[outer[0]])
         if incoherent == "auto":
             incoherent = _affordable(n, time.monotonic() - began, budget)
         energy, error, taken = [], [], 0
@@ -179,21 +177,18 @@ def spectrum(
         else:
             told(1, 1)
     note = ""
-    if incoherent == "sample" and taken < samples:
+    if 0 < taken < samples:
         note = f"the budget of {budget:g} s ended after {taken} of {samples} samples"
     return Spectrum(
         names=[structure.names[k] for k in outer],
         gradient=float(_norm(whole)),
         loss=float(value.detach()),
         loss_kind=kind,
-        norm=norms,
-        share=shares,
-        check=check,
+        **by_length,
         incoherent=energy,
         incoherent_error=error,
         incoherent_kind="sampled" if incoherent == "sample" else incoherent,
         samples=taken,
-        products=products,
         memory=net.most,
         note=note,
         seed=seed,
@@ -220,7 +215,7 @@ def _affordable(n: int, spent: float, budget: float) -> Incoherent:
     return "exact" if n <= EXACT and ahead < max(budget - spent, 1.0) else "sample"
 
 
-def _by_length(net: Network, whole: Tensor, first: str) -> tuple[list[float], list[float], float]:
+def _by_length(net: Network, whole: Tensor, first: str) -> dict[str, Any]:
     """Return `|g_k|`, the signed shares, and how far the g_k are from summing to the gradient."""
     size = float(_norm(whole))
     if not 0 < size < math.inf:
@@ -235,8 +230,12 @@ def _by_length(net: Network, whole: Tensor, first: str) -> tuple[list[float], li
             "the connections by, or a second pass gives another; give "
             "structure=discover(model, inputs, blocks=...)"
         )
-    norms = [float(_norm(g)) for g in by_length]
-    return norms, [float(torch.dot(g, whole)) / size**2 for g in by_length], check
+    return {
+        "norm": [float(_norm(g)) for g in by_length],
+        "share": [float(torch.dot(g, whole)) / size**2 for g in by_length],
+        "check": check,
+        "products": net.products,
+    }
 
 
 def _sampled(
