@@ -30,7 +30,8 @@ from addnorm.probe.vitals import xray
 from addnorm.probe.watch import Watch, describe_finding, watch
 from addnorm.training.checkpoint import load_file, load_weights
 from addnorm.training.config import Runtime, TrainConfig
-from addnorm.training.loop import Observer, Run, pick_device, to_device, train_loop
+from addnorm.training.loop import Observer, pick_device, to_device, train_loop
+from addnorm.training.run import Run
 from addnorm.training.tune import Choice, choice_from
 
 

@@ -18,7 +18,8 @@ from addnorm.data.sets import DataConfig, Dataset, load_data
 from addnorm.models.zoo import KINDS
 from addnorm.reports.progress import TrainProgress
 from addnorm.training.config import Runtime, TrainConfig
-from addnorm.training.loop import Observer, Run
+from addnorm.training.loop import Observer
+from addnorm.training.run import Run
 
 Network = TypeVar("Network")
 
