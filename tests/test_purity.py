@@ -12,8 +12,13 @@ from torch.nn.modules import module as nn_module
 
 from addnorm import GPT, GPTConfig, xray
 from addnorm.probe.discover import discover
+from addnorm.probe.landscape import landscape, line, trajectory
+from addnorm.probe.lens import lens
+from addnorm.probe.lesion import first_order, lesions
+from addnorm.probe.paths import spectrum
 from addnorm.probe.purity import eager, untouched, unwrap
 from addnorm.probe.tap import tapped
+from addnorm.probe.whiteness import whiteness
 
 
 class Odd(nn.Module):
@@ -33,9 +38,14 @@ class Odd(nn.Module):
         self.blocks[1].eval()
         self.head = nn.Linear(6, 2)
         self.fails_at = None
+        self.calls_left = None  # every later one fails
 
     def forward(self, x):
         x = self.lift(x)
+        if self.calls_left is not None:
+            self.calls_left -= 1
+            if self.calls_left < 0:
+                self.fails_at = 2
         for i, block in enumerate(self.blocks):
             if self.fails_at == i:
                 random.random(), np.random.rand(), torch.rand(3)
@@ -112,6 +122,66 @@ def test_nothing_changes(look, fails_at):
     assert equal(before, state(model))
     assert not x.requires_grad
     assert x.grad_fn is None
+
+
+DEEP = {
+    "lesion": lambda model, x, s: lesions(model, x, pairs=True, runs=(2,), structure=s),
+    "first order": lambda model, x, s: first_order(model, x, structure=s),
+    "paths": lambda model, x, s: spectrum(model, x, structure=s),
+    "lens": lambda model, x, s: lens(model, x, structure=s),
+    "landscape": lambda model, x, s: landscape(model, x, evaluations=80),
+    "line": lambda model, x, s: line(model, zeros(model), model.state_dict(), x),
+    "trajectory": lambda model, x, s: trajectory(
+        model, [model.state_dict(), zeros(model), zeros(model, 0.5)], x, evaluations=80
+    ),
+    "whiteness": lambda model, x, s: whiteness(model, x, points=20, batch=8),
+    "whiteness with statistics": lambda model, x, s: whiteness(
+        model, x, points=20, batch_statistics=True
+    ),
+}
+
+
+def zeros(model, value=0.0):
+    return {
+        name: torch.full_like(t, value) if i % 2 else t.clone() * (1 - value)
+        for i, (name, t) in enumerate(model.state_dict().items())
+    }
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+@pytest.mark.parametrize("calls", [None, 0, 1, 4])
+@pytest.mark.parametrize("look", DEEP)
+def test_a_deeper_look_changes_nothing(look, calls):
+    """Also when the model raises from some pass on, in the middle of its blocks."""
+    torch.manual_seed(0)
+    model, x = Odd(), torch.randn(5, 3)
+    structure = discover(model, x)
+    model(x)["logits"].sum().backward()
+    made = {"first order": 1, "paths": 2, "whiteness with statistics": 2, "lens": 4}.get(look, 5)
+    before = state(model)
+    model.calls_left = calls
+    if calls is None or calls >= made:
+        DEEP[look](model, x, structure)
+    else:
+        with pytest.raises(KeyError):
+            DEEP[look](model, x, structure)
+        assert model.calls_left < 0
+    assert equal(before, state(model))
+    assert not x.requires_grad
+    assert x.grad_fn is None
+
+
+@pytest.mark.parametrize("wiring", ["reversible", "mhc"])
+def test_deeper_looks_leave_our_stacks_as_they_are(wiring):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(depth=2, dim=16, heads=2, context=8, vocab_size=7, wiring=wiring))
+    tokens = torch.randint(7, (2, 8))
+    before, own = state(model), [dict(vars(m)) for m in model.modules()]
+    xray(model, tokens, tokens, deep=("lesion", "paths", "lens", "whiteness"), budget=0.0)
+    assert equal(before, state(model))
+    for module, attributes in zip(model.modules(), own, strict=True):
+        assert vars(module).keys() == attributes.keys()
+    assert not model.stack.observed
 
 
 def test_the_next_output_and_gradient_are_those_without_a_look():
