@@ -35,8 +35,10 @@ if TYPE_CHECKING:
     from addnorm.models.ngpt import NGPT, NGPTConfig
     from addnorm.models.resnet import ResNet, ResNetConfig
     from addnorm.models.zoo import build
+    from addnorm.probe.lint import lint
     from addnorm.probe.trace import Trace
     from addnorm.probe.vitals import xray
+    from addnorm.probe.watch import watch
     from addnorm.rewiring import Rewired, rewire
     from addnorm.runs import load_run, sample, train
     from addnorm.training.config import Runtime, TrainConfig
@@ -65,8 +67,10 @@ _HOMES = {
     "models.mlp": ("MLP", "MLPConfig"),
     "models.resnet": ("ResNet", "ResNetConfig"),
     "models.zoo": ("build",),
+    "probe.lint": ("lint",),
     "probe.trace": ("Trace",),
     "probe.vitals": ("xray",),
+    "probe.watch": ("watch",),
     "rewiring": ("Rewired", "rewire"),
     "runs": ("load_run", "sample", "train"),
     "training.config": ("Runtime", "TrainConfig"),
@@ -105,6 +109,7 @@ __all__ = [
     "build",
     "compare",
     "from_torch_layers",
+    "lint",
     "load_gpt2",
     "load_images",
     "load_run",
@@ -115,6 +120,7 @@ __all__ = [
     "sample",
     "save_gpt2",
     "train",
+    "watch",
     "xray",
 ]
 

@@ -326,7 +326,7 @@ def test_a_trace_survives_its_file(tmp_path):
     again = Trace.load(tmp_path / "t.json")
     assert finite(again.to_dict()) == finite(trace.to_dict())
     assert str(again) == str(trace)
-    (tmp_path / "u.json").write_text('{"connections": [], "schema": 99}')
+    (tmp_path / "u.json").write_text('{"connections": [{}], "schema": 99}')
     with pytest.raises(ValueError, match="trace of schema 99; this version reads 2"):
         Trace.load(tmp_path / "u.json")
 

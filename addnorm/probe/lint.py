@@ -6,24 +6,21 @@ stacked on itself. Shapes: x `(B, ..., D)` for a norm, any shape `(B, ...)` for 
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from addnorm.contract import Wiring
+from addnorm.contract import Wiring, unknown
+from addnorm.probe.findings import worst_first
+from addnorm.probe.forms import CLOSE, Form, depends, form_of, lively, norm_ratio, rms
 from addnorm.probe.losses import call_model, floats_in
 from addnorm.probe.purity import untouched, unwrap
 from addnorm.probe.trace import Finding
 
-SEVERITIES = ("sick", "warning", "note")
 DRAWS = 4  # calls that may show a random mask on the stream
-CLOSE = 1e-4  # share of the RMS that rounding may make
 AFFINE = ("weight", "gamma", "scale"), ("bias", "beta", "shift")  # gain, shift of a norm
 TORCH_NORMS = (
     nn.LayerNorm,
@@ -31,29 +28,24 @@ TORCH_NORMS = (
     nn.GroupNorm,
     nn.modules.batchnorm._NormBase,  # batch and instance norms of every kind
 )
-ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "silu": F.silu,
-    "tanh": torch.tanh,
-}
 SKIP_SOURCE = "He et al. 2015, arXiv:1512.03385, equation 1: y = F(x) + x"
 
 
-class Form(NamedTuple):
-    """What a block returns when its branches return 0."""
-
-    name: str  # x, act(x), N(x), S(x), something of x, nothing of x
-    meaning: str
-
-
-def lint(block: nn.Module, example: Any, *, batch_dim: int = 0, seed: int = 0) -> list[Finding]:
+def lint(
+    block: nn.Module,
+    example: Any,
+    *,
+    batch_dim: int = 0,
+    seed: int = 0,
+    rules: Collection[str] | None = None,
+) -> list[Finding]:
     """Return what is wrong with a residual block, the worst first; an empty list says nothing is.
 
     `example`: what the block is called with, a tensor, a tuple of arguments or a dict of keyword
     arguments; the first floating-point tensor in it is the stream, whose entries lie along
     `batch_dim`, and of what the block returns the first floating-point tensor. Everything is
-    tried on copies: block and example stay as they are.
+    tried on copies: block and example stay as they are. `rules`: the codes to look for, by default
+    all; `raises` is always among them.
 
     - `raises`: the block cannot be called so.
     - `broken-skip`: with its branches silent it returns nothing of its input.
@@ -71,9 +63,13 @@ def lint(block: nn.Module, example: Any, *, batch_dim: int = 0, seed: int = 0) -
     a norm written without a module of its own is not seen. A wiring whose drawing says that its
     skip is none, or not plain, is as it was meant: its skip makes a note.
 
-    Raises `ValueError` where the example holds no floating-point tensor with a batch axis, or the
-    block cannot be copied.
+    Raises `ValueError` where the example holds no floating-point tensor with a batch axis, the
+    block cannot be copied, or a rule is unknown.
     """
+    known = [code for codes in RULES for code in sorted(codes)]
+    for code in rules or ():
+        if code not in known:
+            raise ValueError(unknown("rule", code, known))
     block = unwrap(block)
     stream = _stream(example)
     if not -stream.dim() <= batch_dim < stream.dim():
@@ -82,17 +78,11 @@ def lint(block: nn.Module, example: Any, *, batch_dim: int = 0, seed: int = 0) -
     with untouched(block), torch.random.fork_rng(devices=[stream.device] if stream.is_cuda else []):
         found = trial.raises()
         if not found:
-            for rule in (
-                trial.mutates,
-                trial.loses_its_skip,
-                trial.drops_the_stream,
-                trial.cannot_be_stacked,
-                trial.mixes_entries,
-                trial.divides_by_too_few,
-            ):
-                torch.manual_seed(seed)
-                found += rule()
-    return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
+            for codes, rule in RULES.items():
+                if rules is None or not codes.isdisjoint(rules):
+                    torch.manual_seed(seed)
+                    found += rule(trial)
+    return worst_first(found)
 
 
 def _stream(example: Any) -> Tensor:
@@ -182,6 +172,9 @@ class _Trial:
             remedy="Give arguments that the called modules know (nn.MultiheadAttention: "
             "attn_mask=, not mask=) in the shape that they expect.",
             source="the error itself",
+            why_zh="这个块不能以此例调用，其余检查都没有进行。",
+            remedy_zh="传入被调用模块认识的参数，形状也要相符"
+            "（nn.MultiheadAttention 用 attn_mask=，不是 mask=）。",
         )
 
     @torch.no_grad()
@@ -201,6 +194,8 @@ class _Trial:
                     "it, and whoever holds the tensor sees another one.",
                     remedy="nn.ReLU(inplace=False) on the input, x = x + f instead of x += f.",
                     source="torch: in-place correctness checks of autograd",
+                    why_zh="块就地修改了输入：跳跃连接只带着剩下的部分，持有该张量的人看到的也变了。",
+                    remedy_zh="输入上用 nn.ReLU(inplace=False)，用 x = x + f 代替 x += f。",
                 )
         return []
 
@@ -210,8 +205,8 @@ class _Trial:
         if not self._branches():
             return []
         silent = self._silent()
-        x = _lively(self._x)
-        form = _form(lambda z: self._call(silent, z), x)
+        x = lively(self._x)
+        form = form_of(lambda z: self._call(silent, z), x)
         if form.name == "nothing of x" and self._projects():
             form = Form("S(x)", "a projected shortcut, which silencing the matrices cut as well")
         if form.name == "x":
@@ -231,6 +226,12 @@ class _Trial:
                 if planned
                 else "y = f(norm(x)); x = x + y: keep x until the addition.",
                 source=SKIP_SOURCE,
+                why_zh=f"没有跳跃连接，正如接法所述：{equations}。"
+                if planned
+                else "离开块的只有分支：没有绕过它的通路。",
+                remedy_zh="wiring='prenorm' 会加上一条。"
+                if planned
+                else "y = f(norm(x)); x = x + y：相加之前不要覆盖 x。",
             )
         known = form.name != "something of x" or bool(self._wirings)
         return self._finding(
@@ -242,6 +243,8 @@ class _Trial:
             "is deep.",
             remedy="x + F(N(x)) leaves the stream alone; a norm or an activation belongs into F.",
             source="He et al. 2016, arXiv:1603.05027, section 3",
+            why_zh="放在流上的操作每个块都作用一次，网络有多深就作用多少次。",
+            remedy_zh="x + F(N(x)) 不改动流；归一化和激活应放进 F。",
         )
 
     @torch.no_grad()
@@ -250,7 +253,7 @@ class _Trial:
         if not self._branches():
             return []
         silent = self._silent(training=True)
-        x = _lively(self._x)
+        x = lively(self._x)
         outputs = []
         for draw in range(DRAWS):
             torch.manual_seed(self._seed + draw)
@@ -271,6 +274,8 @@ class _Trial:
             why="Dropout acts on the skip: after L blocks a value has survived with (1 - p)^L.",
             remedy="x = x + dropout(f(x)) instead of x = dropout(x + f(x)).",
             source="He et al. 2016, arXiv:1603.05027, table 1: dropout shortcut",
+            why_zh="dropout 作用在跳跃连接上：经过 L 个块，一个值留下的概率是 (1 - p)^L。",
+            remedy_zh="用 x = x + dropout(f(x)) 代替 x = dropout(x + f(x))。",
         )
 
     def cannot_be_stacked(self) -> list[Finding]:
@@ -306,6 +311,8 @@ class _Trial:
             "made of such blocks cannot train.",
             remedy="inplace=False, x = x + f instead of x += f, no detach() on the stream.",
             source="torch: in-place correctness checks of autograd",
+            why_zh="反向传播需要的内容被覆盖或切断，由这种块堆成的网络不能训练。",
+            remedy_zh="inplace=False，x = x + f 代替 x += f，流上不要用 detach()。",
         )
 
     @torch.no_grad()
@@ -315,30 +322,33 @@ class _Trial:
         for parameter in block.parameters():
             if parameter.is_floating_point() and not parameter.any():
                 parameter.normal_(std=0.1)  # a branch that starts silent would mix unseen
-        axis, x = self._batch_dim, _lively(self._x)
+        axis, x = self._batch_dim, lively(self._x)
         if x.shape[axis] < 2:
             return []  # the other arguments may belong to this size of the batch
         before = self._call(block, x.clone())
         disturbed = x.clone()
         last = disturbed.select(axis, -1)
-        last.add_(torch.randn(last.shape).to(last) * _rms(x))
+        last.add_(torch.randn(last.shape).to(last) * rms(x))
         after = self._call(block, disturbed)
         if before.dim() <= axis or before.shape[axis] != x.shape[axis]:
             return []
         others = (after - before).narrow(axis, 0, x.shape[axis] - 1)
-        scale = max(_rms(before), 1e-30)
+        scale = max(rms(before), 1e-30)
         if not float(others.abs().max()) > CLOSE / 10 * scale:
             return []
         return self._finding(
             "mixed-batch",
             "sick",
-            value=f"noise in one entry changes the others by {_rms(others) / scale:.2g} of the RMS",
+            value=f"noise in one entry changes the others by {rms(others) / scale:.2g} of the RMS",
             expected="0",
             why=f"The block mixes the entries along axis {axis}: attention, or a statistic, runs "
             "over the batch.",
             remedy="nn.MultiheadAttention(..., batch_first=True) for (B, T, D); batch_dim=1 here "
             "if the example is (T, B, D).",
             source="torch: nn.MultiheadAttention, batch_first",
+            why_zh=f"块沿第 {axis} 轴混合了批中的样本：注意力或统计量在批上计算。",
+            remedy_zh="(B, T, D) 用 nn.MultiheadAttention(..., batch_first=True)；"
+            "若此例是 (T, B, D)，这里用 batch_dim=1。",
         )
 
     @torch.no_grad()
@@ -363,7 +373,7 @@ class _Trial:
                 handle.remove()
         found: list[Finding] = []
         for name, shape in shapes.items():
-            ratio = _norm_ratio(block.get_submodule(name), shape)
+            ratio = norm_ratio(block.get_submodule(name), shape)
             if ratio is None or any(name.startswith(f"{f.where}.") for f in found):
                 continue
             width = shape[-1]
@@ -378,6 +388,9 @@ class _Trial:
                     "sqrt((D - 1) / D), and NaN at D = 1.",
                     remedy="x.var(-1, keepdim=True, unbiased=False), or nn.LayerNorm.",
                     source="Ba et al. 2016, arXiv:1607.06450, equation 3",
+                    why_zh=f"方差除以 D - 1 = {width - 1} 而不是 D：差一个因子 sqrt((D - 1) / D)，"
+                    "D = 1 时为 NaN。",
+                    remedy_zh="x.var(-1, keepdim=True, unbiased=False)，或 nn.LayerNorm。",
                 )
             ]
         return found
@@ -426,8 +439,8 @@ class _Trial:
         if self._wirings:
             return False
         holders = self._holders()
-        x = _lively(self._x)
-        through = [name for name in holders if _depends(self._through(name), x)]
+        x = lively(self._x)
+        through = [name for name in holders if depends(self._through(name), x)]
         return len(holders) > 1 and 0 < len(through) < len(holders)
 
     def _through(self, name: str) -> Callable[[Tensor], Tensor]:
@@ -435,121 +448,17 @@ class _Trial:
         return lambda x: self._call(block, x)
 
 
+# By what a rule may find; broken and changed skips are one trial.
+RULES: Mapping[frozenset[str], Callable[[_Trial], list[Finding]]] = {
+    frozenset({"mutated-input"}): _Trial.mutates,
+    frozenset({"broken-skip", "changed-skip"}): _Trial.loses_its_skip,
+    frozenset({"stream-dropout"}): _Trial.drops_the_stream,
+    frozenset({"unstackable"}): _Trial.cannot_be_stacked,
+    frozenset({"mixed-batch"}): _Trial.mixes_entries,
+    frozenset({"unbiased-norm"}): _Trial.divides_by_too_few,
+}
+
+
 def _line(error: Exception) -> str:
     """Return the first line of an error."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _rms(x: Tensor) -> float:
-    return float(x.double().square().mean().sqrt())
-
-
-def _lively(x: Tensor) -> Tensor:
-    """Return x, or noise where x varies too little to show what depends on it."""
-    if float(x.double().std()) > CLOSE * max(_rms(x), 1e-30):
-        return x.clone()
-    return torch.randn(x.shape).to(x)
-
-
-def _depends(call: Callable[[Tensor], Tensor], x: Tensor) -> bool:
-    """Whether the output changes with the input."""
-    other = x + torch.randn(x.shape).to(x) * _rms(x)
-    first, second = call(x.clone()), call(other)
-    return _rms(second - first) > CLOSE * max(_rms(first), _rms(x) * 1e-4)
-
-
-def _form(call: Callable[[Tensor], Tensor], x: Tensor) -> Form:
-    """Say what of x leaves a silent block."""
-    out = call(x.clone())
-    if not _depends(call, x):
-        return Form("nothing of x", "no skip")
-    if out.shape != x.shape:
-        return Form("S(x)", "a shortcut that changes the shape")
-    if _same(out, x):
-        return Form("x", "the identity")
-    factor = float((out * x).sum() / (x * x).sum())
-    if _same(out, factor * x):
-        return Form("c x", f"the input times {factor:.4g}")
-    for name, function in ACTIVATIONS.items():
-        if _same(out, function(x)):
-            return Form(f"{name}(x)", "an activation after the addition")
-        positive = function(x)
-        factor = float((out * positive).sum() / (positive * positive).sum().clamp_min(1e-30))
-        if name == "relu" and factor > 0 and _same(out, factor * positive):
-            return Form(f"{name}(c x)", f"an activation after the addition, x times {factor:.4g}")
-    for name, normed in _normed(x).items():
-        for inner, function in {"": lambda z: z, **ACTIVATIONS}.items():
-            if _affine(out, function(normed)):
-                what = f" and {inner}" if inner else ""
-                return Form(f"{inner}({name})" if inner else name, f"a norm{what} after the sum")
-    if _affine(out, x) or (x.dim() > 2 and _affine(out.movedim(1, -1), x.movedim(1, -1))):
-        return Form("a * x + b", "every channel times a factor, as an evaluated batch norm does")
-    return Form("something of x", "a gate, a norm or a projection on the stream")
-
-
-def _normed(x: Tensor) -> dict[str, Tensor]:
-    """Return the two norms over the last axis."""
-    centred = x - x.mean(-1, keepdim=True)
-    return {
-        "N(x), a layer norm": centred / centred.square().mean(-1, keepdim=True).add(1e-5).sqrt(),
-        "N(x), an RMS norm": x / x.square().mean(-1, keepdim=True).add(1e-6).sqrt(),
-    }
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return _rms(one - other) <= CLOSE * max(_rms(other), 1e-30)
-
-
-def _affine(out: Tensor, of: Tensor) -> bool:
-    """Whether every channel (last axis) of `out` is an affine function of the same one of `of`.
-
-    Needs four positions and more, for two always lie on a line.
-    """
-    slope, _, rest = _fit(out, of)
-    varies = slope.abs().max() > 0
-    return slope.numel() > 0 and bool(varies) and rest <= 10 * CLOSE * max(_rms(out), 1e-30)
-
-
-def _fit(out: Tensor, of: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Return slope and shift of every channel, least squares over positions, and the RMS left."""
-    y, z = out.double().flatten(0, -2), of.double().flatten(0, -2)
-    if y.shape[0] < 4:
-        return torch.empty(0), torch.empty(0), math.inf
-    y0, z0 = y - y.mean(0), z - z.mean(0)
-    slope = (y0 * z0).sum(0) / z0.square().sum(0).clamp_min(1e-30)
-    return slope, y.mean(0) - slope * z.mean(0), _rms(y0 - slope * z0)
-
-
-def _norm_ratio(module: nn.Module, shape: Sequence[int]) -> float | None:
-    """Return by what factor a layer norm is too small for its variance; None for any other module.
-
-    A gain (a vector of the module's) is divided out. NaN where the width 1 makes it so.
-    """
-    width = shape[-1]
-    trial = copy.deepcopy(module).double()
-    rows = max(2, math.ceil(16 / max(1, math.prod(shape[1:-1]))))
-    z = torch.randn(rows, *shape[1:]) if len(shape) > 1 else torch.randn(shape)
-    device = next((p.device for p in trial.parameters()), torch.device("cpu"))
-    z = 100 * z.double().to(device)  # so large that the small constant under the root is nothing
-    with contextlib.suppress(RuntimeError, TypeError, ValueError):  # it cannot be called so
-        out = trial(z.clone())
-        if width == 1:
-            bad = bool(out.isnan().all()) and not bool(z.isnan().any())
-            return math.nan if bad else None
-        slope, _, rest = _fit(out, _normed(z)["N(x), a layer norm"])
-        if not slope.numel() or rest > CLOSE * max(_rms(out), 1e-30):
-            return None
-        expected = math.sqrt((width - 1) / width)
-        for gain in _gains(trial, width):
-            ratio = slope / gain
-            if bool(((ratio - expected).abs() < (1 - expected) / 4).all()):
-                return float(ratio.mean())
-    return None
-
-
-def _gains(module: nn.Module, width: int) -> Iterator[Tensor]:
-    """Yield 1 and every vector of the module that may be its gain."""
-    yield torch.ones(width).double()
-    for parameter in module.parameters():
-        if parameter.numel() == width and bool((parameter != 0).all()):
-            yield parameter.detach().flatten()

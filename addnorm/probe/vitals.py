@@ -8,8 +8,9 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,12 +19,16 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from addnorm.contract import Wiring, unknown
+from addnorm.probe.bands import Evidence
 from addnorm.probe.discover import discover
+from addnorm.probe.findings import judge, worst_first
+from addnorm.probe.linted import Called, lint_called
 from addnorm.probe.losses import Loss, Progress, call_model, loss_of
+from addnorm.probe.pulse import Pulse
 from addnorm.probe.purity import sharded, untouched, unwrap
 from addnorm.probe.structure import Join, Structure
 from addnorm.probe.tap import Point, Visitor, is_float, tapped
-from addnorm.probe.trace import Connection, Finding, Trace
+from addnorm.probe.trace import Connection, Trace
 
 POSITIONS = 256  # sample of positions for the effective rank
 
@@ -60,7 +65,13 @@ def xray(
     checkpoints, and once back, with one vector-Jacobian product at each connection; gradients,
     modes, random states, buffers and hooks are as before afterwards, also after an error.
 
-    Under FSDP2 the gains of the Jacobians are not measured, and every process must call.
+    The findings (`findings.FINDINGS`) hold the vitals against the law of the wiring at this depth.
+    A branch that seems dead in training is looked at again in evaluation, which is one more forward
+    pass. Of a model that is not ours the first block of those that repeat is linted as well, see
+    `linted.lint_called`.
+
+    Under FSDP2 the gains of the Jacobians are not measured, no branch is found dead, no block is
+    linted, and every process must call.
 
     Raises `ValueError` when no connection is found, none of them is called, or a deeper look is
     unknown.
@@ -73,8 +84,18 @@ def xray(
     told = progress or (lambda _done, _total: None)
     structure = discover(model, inputs, blocks)
     told(1, total)
-    readings, value, kind = _measure(model, structure, inputs, targets, loss, seed)
-    connections = tuple(r.connection() for r in readings)
+    reader = Reader(model, structure, seed)
+    called = Called(model, structure)
+    value, kind = _measure(model, structure, reader, called, inputs, targets, loss)
+    evidence = Evidence(
+        connections=tuple(reading.connection() for reading in reader.readings),
+        structure=structure,
+        wirings=reader.wirings,
+        loss=value,
+        entered_non_finite=bool(reader.readings[0].values["entered_non_finite"]),
+        dead=_still_dead(model, structure, inputs, reader.pulse.dead),
+    )
+    linted, note = lint_called(called, seed)
     told(2, total)
     looks: dict[str, Any] = {}
     for done, name in enumerate(deep, 3):
@@ -95,9 +116,9 @@ def xray(
         blocks=structure.how,
         loss=value,
         loss_kind=kind,
-        connections=connections,
-        findings=_non_finite(connections, value, readings[0].values["entered_non_finite"]),
-        coverage=structure.coverage,
+        connections=evidence.connections,
+        findings=tuple(worst_first(judge(evidence) + linted)),
+        coverage=replace(structure.coverage, notes=(*structure.coverage.notes, *note)),
         deep=looks,
     )
 
@@ -114,14 +135,15 @@ def _look(name: str, **given: Any) -> dict[str, Any]:
 def _measure(
     model: nn.Module,
     structure: Structure,
+    reader: Reader,
+    called: Called,
     inputs: Any,
     targets: Any,
     loss: Loss | None,
-    seed: int,
-) -> tuple[list[Reading], float, str]:
-    reader = Reader(model, structure, seed)
+) -> tuple[float, str]:
+    """Run forward and back once; return the loss and which it is."""
     with untouched(model), torch.enable_grad():
-        with tapped(model, structure, reader) as tap:
+        with tapped(model, structure, reader) as tap, called.noted():
             output = call_model(model, inputs)
             missed = set(range(len(structure))) - set(tap.reached)
         if missed:
@@ -136,7 +158,21 @@ def _measure(
             torch.autograd.grad(value, ends, allow_unused=True)
         measured = float(value.detach())
     reader.finish()
-    return reader.readings, measured, kind
+    return measured, kind
+
+
+def _still_dead(
+    model: nn.Module, structure: Structure, inputs: Any, dead: Mapping[int, str]
+) -> Mapping[int, str]:
+    """Look again in evaluation: stochastic depth may have dropped a branch for the whole batch."""
+    if not dead or not any(module.training for module in model.modules()):
+        return dead
+    pulse = Pulse(model, structure, only=dead)
+    with untouched(model), torch.enable_grad():
+        model.eval()
+        with tapped(model, structure, pulse):
+            call_model(model, inputs)
+    return pulse.dead
 
 
 class Reading:
@@ -198,7 +234,8 @@ class Reader(Visitor):
     """
 
     def __init__(self, model: nn.Module, structure: Structure, seed: int) -> None:
-        self.model = model
+        self.wirings = tuple(_wiring(model, join) for join in structure.joins)
+        self.pulse = Pulse(model, structure)
         self.readings = [Reading(join) for join in structure.joins]
         self.ends: list[Tensor] = []  # where the backward pass may stop
         self.seed = seed
@@ -212,8 +249,10 @@ class Reader(Visitor):
         reading = self.readings[k]
         join, values = reading.join, reading.values
         self._streams[k] = point.stream
+        if not self._sharded:
+            self.pulse(k, point)
         with torch.no_grad():
-            values["stream_before"] = _rms(self._level(join, point.stream))
+            values["stream_before"] = _rms(self._level(k, point.stream))
             values["entered_non_finite"] = _non_finites(_tensors(point.stream))
             update = _rows(point.update.detach(), join.features)
             values["dead_units"] = (update == 0).all(dim=0).float().mean()
@@ -235,9 +274,9 @@ class Reader(Visitor):
         reading, stream = self.readings[k], self._streams.pop(k)
         join, values = reading.join, reading.values
         entered, left = _tensors(stream), _tensors(out)
-        before, now = self._present(join, stream), self._present(join, out)
+        before, now = self._present(k, stream), self._present(k, out)
         with torch.no_grad():
-            values["stream_after"] = _rms(self._level(join, out))
+            values["stream_after"] = _rms(self._level(k, out))
             values["left_non_finite"] = _non_finites(left)
             if now is not None:
                 axis = join.features if join.kind == "add" else -1
@@ -253,7 +292,8 @@ class Reader(Visitor):
         self._probe(k, stream, out, entered, left)
         self._listen(reading, "before", entered)
         self._listen(reading, "after", left)
-        first = join.kind != "wiring" or self._wiring(join).site.first
+        wiring = self.wirings[k]
+        first = wiring is None or wiring.site.first
         if join.root and first:
             self.ends += [t for t in entered if t.requires_grad]
 
@@ -262,23 +302,19 @@ class Reader(Visitor):
         for reading in self.readings:
             reading.finish()
 
-    def _wiring(self, join: Join) -> Wiring:
-        wiring = self.model.get_submodule(join.module)
-        assert isinstance(wiring, Wiring)
-        return wiring
-
-    def _present(self, join: Join, stream: Any) -> Tensor | None:
+    def _present(self, k: int, stream: Any) -> Tensor | None:
         """Return what the stream is now."""
-        if join.kind == "wiring":
+        wiring = self.wirings[k]
+        if wiring is not None:
             with torch.no_grad():
-                return self._wiring(join).present(stream)
+                return wiring.present(stream)
         return stream if isinstance(stream, Tensor) else None
 
-    def _level(self, join: Join, stream: Any) -> list[Tensor]:
+    def _level(self, k: int, stream: Any) -> list[Tensor]:
         """Return what the RMS of the stream goes over: all streams, of a history the newest."""
         if isinstance(stream, Tensor):
             return [stream]
-        now = self._present(join, stream)
+        now = self._present(k, stream)
         return [] if now is None else [now]
 
     def _probe(
@@ -286,9 +322,9 @@ class Reader(Visitor):
     ) -> None:
         """Estimate the gains of the connection's Jacobian by one vector-Jacobian product."""
         values = self.readings[k].values
-        pairs = _matched(entered, left)
-        if pairs is None and self.readings[k].join.kind == "wiring":  # a history: its newest part
-            pairs = _newest(self._wiring(self.readings[k].join), stream, out)
+        pairs, wiring = _matched(entered, left), self.wirings[k]
+        if pairs is None and wiring is not None:  # a history: its newest part
+            pairs = _newest(wiring, stream, out)
         if (
             self._sharded
             or pairs is None
@@ -348,6 +384,13 @@ class Reader(Visitor):
                 tensor.register_hook(note)  # type: ignore[no-untyped-call]
 
 
+def _wiring(model: nn.Module, join: Join) -> Wiring | None:
+    """Return the wiring that a connection is, where it is ours."""
+    module = model.get_submodule(join.module) if join.kind == "wiring" else None
+    assert module is None or isinstance(module, Wiring)
+    return module
+
+
 def _tensors(value: Any) -> list[Tensor]:
     """Return the floating-point tensors in a stream."""
     return [leaf for leaf in pytree.tree_leaves(value) if is_float(leaf)]
@@ -401,7 +444,9 @@ def similarity(x: Tensor) -> Tensor | float:
     T = x.shape[1]
     if T < 2:
         return math.nan
-    unit = F.normalize(x, dim=-1)
+    # A row's largest value goes first: the squares of a stream near 1e-20 would underflow.
+    size = x.abs().amax(dim=-1, keepdim=True)
+    unit = F.normalize(torch.where(size > 0, x / size, x), dim=-1)
     together = unit.sum(dim=1).square().sum(dim=-1)  # sum of all cosines, T ones among them
     alone = unit.square().sum(dim=(1, 2))
     return ((together - alone) / (T * (T - 1))).mean()
@@ -420,6 +465,8 @@ def effective_rank(x: Tensor, positions: int = POSITIONS) -> Tensor | float:
     if len(rows) > positions:
         rows = rows[torch.linspace(0, len(rows) - 1, positions, device=x.device).long()]
     rows = rows.float()
+    size = rows.abs().amax()  # before squares that would underflow
+    rows = torch.where(size > 0, rows / size, rows)
     gram = rows @ rows.mT if len(rows) < rows.shape[1] else rows.mT @ rows
     return gram.trace().square() / gram.square().sum()
 
@@ -433,32 +480,3 @@ def _between_streams(stream: Any, now: Tensor) -> Tensor | float:
         if len(parts) == len(stream):
             return similarity(torch.stack(parts, dim=-2).flatten(0, -3))
     return math.nan
-
-
-def _non_finite(
-    connections: Sequence[Connection], loss: float, entered: float
-) -> tuple[Finding, ...]:
-    """Name the block with the first NaN or infinity: forward first, then on the way back."""
-    if entered:
-        where = f"the input of {connections[0].name}"
-        way = "already in the input or the embedding"
-    elif bad := next((c for c in connections if c.non_finite - c.non_finite_gradient), None):
-        where, way = bad.name, "in the forward pass; every block after it inherits it"
-    elif bad := next((c for c in reversed(connections) if c.non_finite_gradient), None):
-        where, way = bad.name, "in the backward pass; every block before it inherits it"
-    elif not math.isfinite(loss):
-        where, way = "the head or the loss", "after the last connection"
-    else:
-        return ()
-    return (
-        Finding(
-            code="non-finite",
-            severity="sick",
-            where=where,
-            value="NaN or infinity",
-            expected="finite values",
-            why=f"The first value that is not finite appears {way}.",
-            remedy="Lower the learning rate, clip the gradient, or take a wiring with a norm.",
-            source="IEEE 754: a value that is not finite spreads through every sum",
-        ),
-    )

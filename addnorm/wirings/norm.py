@@ -97,6 +97,7 @@ class PostAct(Wiring):
     start = "he"
     stream_law = "geometric"
     gradient_law = "geometric"
+    expected = frozenset({"exploding-gradient", "non-finite", "rank-collapse"})
     drawing = Drawing(after="act")
     ships = "ResNet v1 (torchvision, timm)"
 

@@ -258,6 +258,7 @@ class Highway(Wiring):
     start = "fairseq"
     stream_law = "vanishing"
     gradient_law = "vanishing"
+    expected = frozenset({"vanishing-gradient"})
     drawing = Drawing(write="T", skip="1-T")
 
     def __init__(self, branch: Branch, site: Site, *, bias: float = -1.0) -> None:
@@ -415,6 +416,7 @@ class ConstantScaling(Wiring):
     start = "he"
     stream_law = "vanishing"
     gradient_law = "vanishing"
+    expected = frozenset({"rank-collapse", "vanishing-gradient"})
     drawing = Drawing(write="scale", skip="skip", after="relu")
 
     def __init__(
@@ -480,6 +482,7 @@ class ShortcutGating(Wiring):
     start = "he"
     stream_law = "geometric"
     gradient_law = "geometric"
+    expected = frozenset({"exploding-gradient", "non-finite"})
     drawing = Drawing(skip="1-g", after="relu")
 
     def __init__(self, branch: Branch, site: Site, *, bias: float = -6.0) -> None:
@@ -514,6 +517,7 @@ class LinearShortcut(Wiring):
     start = "he"
     stream_law = "geometric"
     gradient_law = "geometric"
+    expected = frozenset({"exploding-gradient", "non-finite", "rank-collapse"})
     drawing = Drawing(skip="W", after="relu")
 
     def __init__(self, branch: Branch, site: Site) -> None:
@@ -547,6 +551,7 @@ class DropoutShortcut(Wiring):
     start = "he"
     stream_law = "geometric"
     gradient_law = "geometric"
+    expected = frozenset({"exploding-gradient"})
     limits = {"rate": (0, 1)}
     drawing = Drawing(skip="m", after="relu")
 
@@ -577,6 +582,7 @@ class NormAfterAddition(Wiring):
     start = "he"
     stream_law = "constant"
     gradient_law = "geometric"
+    expected = frozenset({"rank-collapse"})
     drawing = Drawing(after="N, relu")
 
     def __init__(self, branch: Branch, site: Site) -> None:
@@ -603,6 +609,7 @@ class ReluBeforeAddition(Wiring):
     start = "he"
     stream_law = "geometric"
     gradient_law = "geometric"
+    expected = frozenset({"exploding-gradient", "non-finite", "rank-collapse"})
     drawing = Drawing(write="relu")
 
     def forward(self, stream: Tensor, context: Context) -> Tensor:
