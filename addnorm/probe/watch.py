@@ -219,7 +219,7 @@ class Watch:
                     stream_after=(
                         mean(k, call, AFTER) if follows is None else mean(follows, call, BEFORE)
                     ),
-                    update=mean(k, call, UPDATE),
+                    update=mean(k, call, UPDATE) if self._passes.taps[k].comparable else None,
                     gradient_before=gradient(k, call, 0),
                     gradient_after=(
                         gradient(k, call, 1) if follows is None else gradient(follows, call, 0)

@@ -6,7 +6,7 @@ pass they keep nothing but whole numbers, so a compiler takes them into the grap
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from addnorm.probe.watch_places import Place, modules_around
 
 CALLS = 32  # calls of one module in a pass that are told apart; later ones count as the last
 BEFORE, UPDATE, AFTER, PASSES = range(4)  # columns of what a connection adds on the way forward
+NOTHING = 1000  # a level that no module has
 HEARD = 1  # column beside the RMS of a gradient: how often it was heard
 
 
@@ -24,60 +25,57 @@ class Passes:
 
     def __init__(self) -> None:
         self.on = True  # this step is a sample
-        self.depth = 0  # calls of the modules around the connections that are going on
-        self.live: bool | None = None  # whether such a call counts; None outside of one
+        self.level = NOTHING  # how far in the outermost module lies that a pass goes through
+        self.live = True  # the pass that goes on builds a graph, except in reentrant checkpoints
         self.taps: list[Tap] = []
 
     def attach(self, model: nn.Module, places: list[Place]) -> list[Any]:
         """Register all hooks and return their handles."""
         self.taps = [Tap(place, self, _device(place.module, model)) for place in places]
-        handles: list[Any] = []
-        for module in modules_around(model, places):
-            handles.append(module.register_forward_pre_hook(self.opened))
-            handles.append(module.register_forward_hook(self.closed))
+        handles: list[Any] = [
+            module.register_forward_pre_hook(self.opener(level))
+            for level, module in enumerate(modules_around(model, places))
+        ]
         for tap, place in zip(self.taps, places, strict=True):
             handles += tap.attach(place)
         return handles
 
     def begin(self, on: bool) -> None:
         """Prepare the next step."""
-        self.on, self.depth, self.live = on, 0, None
+        self.on, self.level, self.live = on, NOTHING, True
         for tap in self.taps:
             tap.calls, tap.inside, tap.entered = 0, False, None
         if on:
             with torch.no_grad():
                 torch._foreach_zero_([t for tap in self.taps for t in (tap.forward, tap.backward)])
 
+    def opener(self, level: int) -> Callable[[nn.Module, Any], None]:
+        """Return the hook in front of a module around the connections: a pass begins there.
+
+        There is none behind it: a hook that gets the model's output makes the compiler warn.
+        """
+
+        def opened(_module: nn.Module, _args: Any) -> None:
+            if (level and level > self.level) or _backward():
+                return  # inside of one where the pass began
+            self.level = level
+            self.live = self.sampled()
+            for tap in self.taps:
+                tap.calls = 0
+
+        return opened
+
     def sampled(self) -> bool:
         """Whether to measure. A compiled graph always does, so that it is compiled only once."""
         return (torch.compiler.is_compiling() or self.on) and torch.is_grad_enabled()
 
-    def opened(self, _module: nn.Module, _args: Any) -> None:
-        """Begin a forward pass."""
-        if self.depth == 0:
-            self.live = self.sampled()
-            for tap in self.taps:
-                tap.calls = 0
-        self.depth = self.depth + 1
-
-    def closed(self, _module: nn.Module, _args: Any, _out: Any) -> None:
-        """End a forward pass."""
-        self.depth = self.depth - 1
-        if self.depth == 0:
-            self.live = None
-
     def counts(self) -> bool:
-        """Whether a call counts. In a pass it is the pass that had to build a graph.
-
-        A reentrant activation checkpoint calls its part without one.
-        """
-        if self.live is not None:
-            return self.live
-        return self.sampled() and not _backward()
+        """Whether a call counts. Where no pass was seen to begin, it must build a graph itself."""
+        return self.live if self.level != NOTHING else self.sampled()
 
     def again(self) -> bool:
         """Whether an activation checkpoint calls a second time, on the way back."""
-        return self.live is None and self.sampled() and _backward()
+        return _backward() and self.sampled()
 
 
 class Tap:
@@ -91,6 +89,7 @@ class Tap:
         self.calls = 0  # in this pass
         self.inside = False  # a branch may be shared by several connections
         self.entered: tuple[Tensor, int] | None = None
+        self.comparable = True  # False: a block that writes into its input, or returns other shapes
         # Not buffers of the module: they are in no state_dict and in no optimizer. Two, because a
         # compiled backward pass cannot change what the forward pass has changed.
         self.forward = torch.zeros(CALLS, 4, device=device)
@@ -108,8 +107,8 @@ class Tap:
 
     def enter(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
         """Measure the stream that comes in."""
-        again = self.passes.again()
-        if not again and not self.passes.counts():
+        again = _backward()
+        if not (self.passes.again() if again else self.passes.counts()):
             return
         x = self.entering(args, kwargs)
         if again:
@@ -150,9 +149,10 @@ class Tap:
             _add(self.forward[call, AFTER], x)
             if entered is not None:
                 before, version = entered
-                # Where the block wrote into its input, what came in is no longer there.
                 if before.shape == x.shape and version == _version(before):
                     _add(self.forward[call, UPDATE], x.detach() - before)
+                else:
+                    self.comparable = False
         self.listen(x, call, 1)
 
     def entering(self, args: Any, kwargs: Any) -> Tensor | None:
