@@ -83,5 +83,7 @@ def test_an_offline_run_of_wandb(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")
     with wandb.init(mode="offline", dir=tmp_path, project="addnorm") as run:
-        sink_of(run)({"loss": 2.5}, 4)
-        assert dict(run.summary)["loss"] == 2.5
+        sink = sink_of(run)
+        sink({"loss": 2.5}, 4)
+        sink({"loss": 3.5}, 5)  # which is what sends off the step before
+        assert (run.summary["_step"], run.summary["loss"]) == (4, 2.5)
