@@ -232,7 +232,10 @@ def number(value: Any, form: str = ".3f") -> str:
     if form.endswith("g") and value and not 1e-3 <= abs(value) < 1e5:
         mantissa, exponent = f"{value:.1e}".split("e")
         return f"{mantissa}e{int(exponent)}".replace("-", "−")
-    return format(value, form).replace("-", "−")
+    text = format(value, form)
+    if not text.strip("-0.%"):  # no minus zero
+        text = text.lstrip("-")
+    return text.replace("-", "−")
 
 
 def count(value: Any) -> str:

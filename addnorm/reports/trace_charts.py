@@ -86,6 +86,14 @@ def traces_chart(difference: Row, lang: Lang = "en") -> alt.VConcatChart:
     )
 
 
+def block_scale(count: int, shift: float = 0.0) -> alt.Scale:
+    """Return the axis that all panels over depth share, so that they stand in line.
+
+    `shift` is 0.5 where places lie between connections: after none of them, after the first, ...
+    """
+    return alt.Scale(domain=[shift - 0.6, shift + count - 0.4], nice=False)
+
+
 def _label(difference: Row, side: str) -> str:
     return f"{side}: {difference[side]['label']}"
 
@@ -111,7 +119,9 @@ def _panels(
     )
     heights = {v.key: _axis([row[v.key] for row in rows], v, lang == "zh") for v in vitals}
     source = data([row | _placed(row, heights) for row in rows])  # once for all panels
-    scale = alt.Scale(domain=[0, max(hover[-1][x], 1)], nice=False, padding=8)
+    scale = block_scale(count)
+    if x != "number":
+        scale = alt.Scale(domain=[0, 1], nice=False, padding=8)
     charts = []
     for index, vital in enumerate(vitals):
         lowest = index + 1 == len(vitals)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import altair as alt
 
 from addnorm.reports.chart_style import GREY, PALETTE, WIDTH, Lang, data, finish, word
+from addnorm.reports.trace_charts import EXTENT, block_scale
 from addnorm.reports.trace_deep import Look, number, numbers
 
 Draw = Callable[[Look, Lang], Any]
@@ -35,14 +36,14 @@ def lesion_chart(look: Look, lang: Lang) -> Any:
     x = alt.X(
         "number:Q",
         title=word("number", lang),
-        scale=alt.Scale(domain=[-0.6, count - 0.4], nice=False),
+        scale=block_scale(count),
         axis=alt.Axis(format="d", tickMinStep=1, grid=False),
     )
     title = _word(lang, "change of the loss", "损失变化")
     colour = alt.Color(
         "kind:N",
         scale=alt.Scale(domain=[measured, estimated], range=[PALETTE[0], PALETTE[1]]),
-        legend=alt.Legend(title=None, orient="top", symbolType="square"),
+        legend=alt.Legend(title=None, orient="top", symbolType="square", symbolOpacity=1),
     )
     tips = [
         alt.Tooltip("number:Q", title=word("number", lang)),
@@ -50,7 +51,10 @@ def lesion_chart(look: Look, lang: Lang) -> Any:
         alt.Tooltip("delta:Q", title=title, format="+.4g"),
     ]
     base = alt.Chart(data(rows)).encode(
-        x, alt.Y("delta:Q", title=title, axis=alt.Axis(tickCount=6)), colour, tooltip=tips
+        x,
+        alt.Y("delta:Q", title=title, axis=alt.Axis(tickCount=6, minExtent=EXTENT)),
+        colour,
+        tooltip=tips,
     )
     of_kind = base.transform_filter
     bars = of_kind(alt.datum.kind == measured).mark_bar(size=max(1, min(28, 0.7 * step)))
@@ -142,7 +146,7 @@ def paths_chart(look: Look, lang: Lang) -> Any:
     colour = alt.Color(
         "kind:N",
         scale=alt.Scale(domain=names[: 1 + bool(incoherent)], range=[PALETTE[0], PALETTE[1]]),
-        legend=alt.Legend(title=None, orient="top", labelLimit=0, symbolStrokeWidth=3),
+        legend=alt.Legend(title=None, orient="top", labelLimit=0, symbolOpacity=1),
     )
     tips = [
         alt.Tooltip("length:Q", title=length),
@@ -224,16 +228,18 @@ def _curve(look: Look, x: list[float], losses: list[float], lang: Lang) -> Any:
 
 def _map(look: Look, x: list[float], y: list[float], losses: list[list[float]], lang: Lang) -> Any:
     """Return coloured cells, darker for lower; the scale is compressed where a few cells tower."""
+    side = 460
     half_x, half_y = ((v[-1] - v[0]) / (len(v) - 1) / 2 for v in (x, y))
-    wide = 1.04  # cells overlap a little, or fine lines show between them
+    # Cells overlap by a pixel on each side, or fine lines show between them.
+    over_x, over_y = (half * (1 + 2 * len(v) / side) for half, v in ((half_x, x), (half_y, y)))
     rows = [
         {
             "x": a,
             "y": b,
-            "x0": a - wide * half_x,
-            "x1": a + wide * half_x,
-            "y0": b - wide * half_y,
-            "y1": b + wide * half_y,
+            "x0": a - over_x,
+            "x1": a + over_x,
+            "y0": b - over_y,
+            "y1": b + over_y,
             "loss": losses[i][j],
         }
         for i, b in enumerate(y)
@@ -242,7 +248,6 @@ def _map(look: Look, x: list[float], y: list[float], losses: list[list[float]], 
     known = sorted(r["loss"] for r in rows if math.isfinite(r["loss"])) or [0.0]
     skewed = known[-1] - known[0] > 20 * (known[len(known) // 2] - known[0]) > 0
     loss = _word(lang, "loss", "损失")
-    side = 460
 
     def axis(values: list[float], half: float, which: int) -> dict[str, Any]:
         shown = _word(lang, f"direction {which}", f"方向 {which}")
@@ -255,7 +260,7 @@ def _map(look: Look, x: list[float], y: list[float], losses: list[list[float]], 
     along, up = axis(x, half_x, 1), axis(y, half_y, 2)
     cells = (
         alt.Chart(data(rows))
-        .mark_rect()
+        .mark_rect(opacity=1, clip=True)
         .encode(
             alt.X("x0:Q", **along),
             alt.Y("y0:Q", **up),
@@ -301,6 +306,53 @@ def _map(look: Look, x: list[float], y: list[float], losses: list[list[float]], 
     return alt.layer(*layers).properties(width=side, height=side)
 
 
+def lens_chart(look: Look, lang: Lang) -> Any:
+    """What the model answers by depth: the loss, agreement with the whole model, divergence."""
+    columns = {
+        "loss": _word(lang, "loss", "损失"),
+        "agreement": _word(lang, "same answer", "相同回答"),
+        "divergence": _word(lang, "divergence (nats)", "KL 散度（nat）"),
+    }
+    values = {key: numbers(look[key]) for key in columns}
+    shown = [key for key in columns if any(map(math.isfinite, values[key]))]
+    depths, names = look["depths"], [str(name) or "–" for name in look["names"]]
+    rows = [
+        {"depth": depth, "name": names[i]} | {key: values[key][i] for key in shown}
+        for i, depth in enumerate(depths)
+    ]
+    title = _word(lang, "connections that still add", "仍起作用的连接数")
+    after = _word(lang, "last of them", "其中最后一个")
+    tips = [alt.Tooltip("depth:Q", title=title), alt.Tooltip("name:N", title=after)]
+    tips += [alt.Tooltip(f"{key}:Q", title=columns[key], format=".3g") for key in shown]
+    panels = []
+    for index, key in enumerate(shown):
+        lowest = index + 1 == len(shown)
+        x = alt.X(
+            "depth:Q",
+            title=title if lowest else None,
+            scale=block_scale(depths[-1], 0.5),
+            axis=alt.Axis(format="d", tickMinStep=1, grid=False, ticks=lowest, labels=lowest),
+        )
+        share = key == "agreement"
+        y = alt.Y(
+            f"{key}:Q",
+            title=columns[key],
+            scale=alt.Scale(domain=[0, 1]) if share else alt.Scale(zero=False),
+            axis=alt.Axis(format="~p" if share else "~g", tickCount=5, minExtent=EXTENT),
+        )
+        base = alt.Chart(data(rows)).encode(x, y, tooltip=tips)
+        ink = PALETTE[index]
+        marks = base.mark_line(color=ink, strokeWidth=2) + base.mark_circle(color=ink, size=40)
+        panels.append(marks.properties(width=WIDTH, height=150))
+    return finish(
+        alt.vconcat(*panels, spacing=12),
+        ("Logit lens", "logit 透镜"),
+        ("The model's own norm and head after that many connections. A biased estimate.",
+         "经过相应数目的连接后，用模型自己的归一化和输出头读出。有偏估计。"),
+        lang,
+    )  # fmt: skip
+
+
 def whiteness_chart(look: Look, lang: Lang) -> Any:
     """Autocorrelation of the input gradient by lag, between white and brown noise."""
     names = {
@@ -330,7 +382,7 @@ def whiteness_chart(look: Look, lang: Lang) -> Any:
     colour = alt.Color(
         "kind:N",
         scale=alt.Scale(domain=list(names.values()), range=[PALETTE[0], PALETTE[1]]),
-        legend=alt.Legend(title=None, orient="top", labelLimit=0, symbolStrokeWidth=3),
+        legend=alt.Legend(title=None, orient="top", labelLimit=0, symbolOpacity=1),
     )
     base = alt.Chart(data(rows)).encode(x, colour)
     tips = [alt.Tooltip("lag:Q", title=lag), alt.Tooltip("value:Q", title=title, format=".3f")]
@@ -365,6 +417,8 @@ def deep_charts(deep: Mapping[str, Any]) -> dict[str, Callable[[Lang], Any]]:
         add("paths", paths_chart, look)
     if look := deep.get("landscape"):
         add("landscape", landscape_chart, look)
+    if look := deep.get("lens"):
+        add("lens", lens_chart, look)
     if look := deep.get("whiteness"):
         add("whiteness", whiteness_chart, look)
     return drawn

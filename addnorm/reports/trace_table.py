@@ -232,9 +232,8 @@ def _findings(trace: Row, zh: bool, everything: bool) -> list[Text]:
             severity = str(f["severity"])
             shown = SEVERITIES.get(severity, severity) if zh else severity
             line = Text(safe(shown), style=COLOURS.get(severity, ""))
-            at = "位于" if zh else "at"
-            where = safe(said(f, "where", zh))
-            lines.append(line.append(f" {safe(f['code'])} {at} {where}", style="bold"))
+            place = _place(f, zh)
+            lines.append(line.append(f"{'：' if zh else ': '}{place}", style="bold default"))
             values = [said(f, key, zh) for key in ("value", "expected", "why", "remedy", "source")]
             lines += [
                 Text(f"  {name:{width}}{safe(value)}")
@@ -248,6 +247,10 @@ def _findings(trace: Row, zh: bool, everything: bool) -> list[Text]:
                 Text(f"  另有 {rest} 处：{first} …" if zh else f"  and at {rest} more: {first} …")
             )
     return lines
+
+
+def _place(finding: Row, zh: bool) -> str:
+    return safe(f"{finding['code']}{'，' if zh else ', '}{said(finding, 'where', zh)}")
 
 
 # -- two traces --------------------------------------------------------------------------------
@@ -319,8 +322,8 @@ def _changes(difference: dict[str, Any], zh: bool) -> list[Text]:
             shown = str(f["severity"])
             severity = SEVERITIES.get(shown, shown) if zh else shown
             line = Text(zh_name if zh else en, style=style)
-            at = "位于" if zh else "at"
-            where, why = said(f, "where", zh), said(f, "why", zh)
-            text = f" {severity} {f['code']} {at} {where}{'：' if zh else ': '}{why}"
+            text = f" {severity}: {_place(f, False)}: {said(f, 'why', False)}"
+            if zh:
+                text = f"{severity}：{_place(f, True)}：{said(f, 'why', True)}"
             lines.append(line.append(safe(text), style="not bold default"))
     return lines or [Text("两者都没有发现" if zh else "no findings in either")]
