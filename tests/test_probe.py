@@ -368,7 +368,7 @@ def stack_of(joined):
         def forward(self, stream, context):
             return joined(stream, lambda x: self.branch(x, context))
 
-    Odd.name = "odd"
+    Odd.name, Odd.stream_law = "odd", "geometric"
     contract._CATALOGUE["odd"] = Odd
     torch.manual_seed(0)
     return Stack([nn.Linear(4, 4) for _ in range(3)], "odd", dim=4)

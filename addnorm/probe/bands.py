@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from addnorm.contract import Law, Wiring
 from addnorm.probe.structure import Structure
@@ -29,6 +30,16 @@ DROWNED = 10.0
 ALIKE = 1e-3
 NEIGHBOURS = 3  # connections on each side that one is held against
 MOST = 0.9  # of the connections: a stem or a head may be joined otherwise
+
+
+class Ends(NamedTuple):
+    """The gradient's RMS after the first and after the last connection of a stream."""
+
+    first: int
+    last: int
+    low: float  # after the first
+    high: float  # after the last
+    depth: int  # connections of the stream
 
 
 @dataclass(frozen=True)
@@ -111,9 +122,15 @@ class Evidence:
         return SLACK * math.sqrt(start**2 + (k + 1) * unit**2 + drowning)
 
     def _first(self, k: int) -> bool:
-        """Whether a stream begins at connection k."""
-        wiring = self.wirings[k]
-        return k == 0 or (self.structure.joins[k].root if wiring is None else wiring.site.first)
+        """Whether a stream begins at connection k: from no other, or in another shape.
+
+        A projected skip carries the same stream on in another shape.
+        """
+        join, wiring = self.structure.joins[k], self.wirings[k]
+        if k == 0 or wiring is not None:
+            return wiring is None or wiring.site.first
+        turns = join.shape != self.structure.joins[k - 1].shape and not join.projected
+        return join.kind == "add" and (join.root or turns)
 
     def drowning(self) -> dict[int, float]:
         """Return the connections whose branch drowns the stream -> how far it is out of line.
@@ -132,33 +149,34 @@ class Evidence:
                 found[k] = sizes[k] / usual if usual > 0 else math.inf
         return found
 
-    def gradient_band(self, *, growing: bool) -> float:
+    def gradients(self) -> Iterator[Ends]:
+        """Yield the gradient at the two ends of every stream: an encoder's, then a decoder's.
+
+        Where it overflows on its way back, the upper end is the last connection that has a number.
+        Streams without a gradient, or of one connection, are left out.
+        """
+        starts = [k for k in range(len(self)) if self._first(k)]
+        for start, end in zip(starts, [*starts[1:], len(self)], strict=True):
+            heard = [c.gradient_after for c in self.connections[start:end]]
+            lost = [k for k, g in enumerate(heard) if math.isnan(g)]
+            first = max(lost, default=-1) + 1
+            if first < len(heard) - 1 and math.isfinite(heard[-1]) and max(heard[first:]) > 0:
+                low, high = (max(g, UNDERFLOW) for g in (heard[first], heard[-1]))
+                yield Ends(start + first, end - 1, low, high, end - start)
+
+    def gradient_band(self, ends: Ends, *, growing: bool) -> float:
         """Return by what factor the gradient at the two ends may differ.
 
         A norm in front of a branch divides its gradient by the stream's RMS: where the stream
         grows towards the output, so may the gradient towards the input.
         """
-        band = max(LEAST, float(len(self)) ** POWER)
+        band = max(LEAST, float(ends.depth) ** POWER)
         if growing and self.law == "sqrt":
-            first, last = self.connections[0].stream_after, self.connections[-1].stream_after
-            if first > 0 and last > first:
+            first = self.connections[ends.first].stream_after
+            last = self.connections[ends.last].stream_after
+            if 0 < first < last:
                 band *= last / first
         return band
-
-    def gradient_ends(self) -> tuple[int, float, float] | None:
-        """Return k, and the gradient's RMS after connection k and after the last one.
-
-        k is 0, or where a gradient that overflows on its way back is last a number. None where
-        nothing is to be compared.
-        """
-        heard = [c.gradient_after for c in self.connections]
-        last = heard[-1]
-        first = len(heard) - 1
-        while first > 0 and not math.isnan(heard[first - 1]):
-            first -= 1
-        if first == len(heard) - 1 or not math.isfinite(last) or max(heard[first:]) == 0:
-            return None
-        return first, max(heard[first], UNDERFLOW), max(last, UNDERFLOW)
 
     def tokens(self, k: int) -> bool:
         """Whether the stream is a sequence of positions `(B, T, D)`: no bare rows, no images."""

@@ -469,6 +469,7 @@ class Found:
     update: int
     which: int  # operand of the addition that is the skip
     projected: bool
+    shape: tuple[int, ...]  # of the sum
 
 
 class Graph:
@@ -522,7 +523,8 @@ class Graph:
         if which not in total.skips:
             return None
         stream = common.bit_length() - 1
-        return Found(total.node, stream, pair[which], pair[1 - which], which, projected=True)
+        shape = tuple(total.shapes[0])
+        return Found(total.node, stream, pair[which], pair[1 - which], which, True, shape)
 
     def _above(self, nodes: int) -> int:
         """Return all that the nodes are made of."""
@@ -537,7 +539,8 @@ class Graph:
         shared = self.record.reach[skip] & above & self.ancestors[update]
         if not shared:
             return None
-        return Found(total.node, shared.bit_length() - 1, skip, update, which, projected=False)
+        shape = tuple(_together(*total.shapes))
+        return Found(total.node, shared.bit_length() - 1, skip, update, which, False, shape)
 
     def connections(self, sums: list[Sum], ignored: Counter[str]) -> list[Found]:
         """Return the connections among the additions in order; count why others are none."""
@@ -818,6 +821,7 @@ def _join(graph: Graph, found: Found) -> Join:
         stream=_place(record, found.stream),
         skip=found.which,
         projected=found.projected,
+        shape=found.shape,
         features=1 if _convolves(graph, found) else -1,
         norm_before=any(record.reach[n] >> found.stream & 1 for n in bits(private & record.norms)),
     )

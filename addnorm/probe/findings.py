@@ -16,6 +16,7 @@ from addnorm.probe.bands import (
     POWER,
     ROUNDED,
     SLACK,
+    Ends,
     Evidence,
     middle,
 )
@@ -156,15 +157,15 @@ GRADIENT_SOURCE = "Yang and Schoenholz 2017, arXiv:1712.08969: powers of depth w
 
 @rule("vanishing-gradient", "sick", GRADIENT_SOURCE)
 def _vanishing_gradient(e: Evidence) -> Iterator[Seen]:
-    """Compare the gradient after the first connection with that after the last."""
-    ends, band = e.gradient_ends(), e.gradient_band(growing=False)
-    if ends is None or ends[1] * band >= ends[2]:
+    """Compare the gradient after the first connection of a stream with that after its last."""
+    found = (g for g in e.gradients() if g.low * e.gradient_band(g, growing=False) < g.high)
+    if (ends := next(found, None)) is None:
         return
     kept = any(e.plain_skip(k) for k in range(len(e)))
     yield Seen(
-        where=e.connections[ends[0]].name,
+        where=e.connections[ends.first].name,
         value=_ends(e, ends),
-        expected=_ratio_band(band),
+        expected=_ratio_band(e.gradient_band(ends, growing=False)),
         why="On its way back the gradient shrinks from connection to connection, so the first "
         "ones do not learn.",
         remedy="Let the identity pass undamped: wiring='prenorm', or wiring='rezero'."
@@ -179,14 +180,14 @@ def _vanishing_gradient(e: Evidence) -> Iterator[Seen]:
 
 @rule("exploding-gradient", "sick", GRADIENT_SOURCE)
 def _exploding_gradient(e: Evidence) -> Iterator[Seen]:
-    """Compare the gradient after the last connection with that after the first."""
-    ends, band = e.gradient_ends(), e.gradient_band(growing=True)
-    if ends is None or ends[1] <= band * ends[2]:
+    """Compare the gradient after the last connection of a stream with that after its first."""
+    found = (g for g in e.gradients() if g.low > e.gradient_band(g, growing=True) * g.high)
+    if (ends := next(found, None)) is None:
         return
     yield Seen(
-        where=e.connections[ends[0]].name,
+        where=e.connections[ends.first].name,
         value=_ends(e, ends),
-        expected=_ratio_band(band),
+        expected=_ratio_band(e.gradient_band(ends, growing=True)),
         why="On its way back the gradient grows from connection to connection, so no learning "
         "rate suits both ends.",
         remedy="Bound the branches: wiring='prenorm', or start='fixup', or wiring='rezero'.",
@@ -195,9 +196,9 @@ def _exploding_gradient(e: Evidence) -> Iterator[Seen]:
     )
 
 
-def _ends(e: Evidence, ends: tuple[int, float, float]) -> str:
-    _, low, high = ends
-    return f"gradient RMS {low:.2g}, against {high:.2g} after {e.connections[-1].name}"
+def _ends(e: Evidence, ends: Ends) -> str:
+    after = e.connections[ends.last].name
+    return f"gradient RMS {ends.low:.2g}, against {ends.high:.2g} after {after}"
 
 
 def _ratio_band(band: float) -> str:
@@ -230,17 +231,18 @@ def _idle_depth(e: Evidence) -> Iterator[Seen]:
 
     To first order a branch changes the loss by at most |gradient| |update|, so a share near 0 on a
     stream whose gradient is level is a lesion near 0. By the law of pre-norm a share falls as
-    1/sqrt(l) at most; a wiring that starts silent is so everywhere.
+    1/sqrt(l) at most; a wiring that starts silent is so everywhere. A branch that adds exactly 0 is
+    not open yet, dropped in this pass, or dead: that is for `dead-branch` to say.
     """
     third = len(e) // 3
     if third < 2:
         return
     shares = [c.branch_share for c in e.connections]
-    before, last = middle(shares[:-third]), shares[-third:]
-    most = max(last)  # of what is known; NaN where the first is
+    before, last = middle(shares[:-third]), [s for s in shares[-third:] if s != 0]
     band = min(ROUNDED, before / (SLACK * math.sqrt(len(e))))
-    if not (before > 0 and most < band) or any(math.isnan(s) for s in last):
+    if not before > 0 or 2 * len(last) <= third or not all(s < band for s in last):
         return
+    most = max(last)
     yield Seen(
         where=e.connections[-third].name,
         value=f"the last {third} branches add at most {most:.1e} of the stream",

@@ -52,22 +52,27 @@ class Called:
             handle.remove()
 
     def example(self) -> Any:
-        """Return the arguments as `lint` takes them. Raises `TypeError` where it cannot."""
+        """Return the arguments as `lint` takes them, without objects that may be None: a cache.
+
+        Raises `TypeError` where they cannot be given by name.
+        """
         assert self.block is not None
         assert self.arguments is not None
         args, kwargs = self.arguments
-        for leaf in pytree.tree_leaves((args, kwargs)):
-            if not isinstance(leaf, Tensor | bool | int | float | str | None):
-                raise TypeError(f"it is called with a {type(leaf).__name__}")
-        if not kwargs:
+        if not kwargs and _plain(args):
             return args
         signature = inspect.signature(self.block.forward)
         found: dict[str, Any] = {}
         for name, value in signature.bind(*args, **kwargs).arguments.items():
-            kind = signature.parameters[name].kind
-            if kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY):
-                raise TypeError("it is called with arguments without names and with names")
-            found |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+            parameter = signature.parameters[name]
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):
+                raise TypeError("it is called with arguments that have no name")
+            if parameter.kind is parameter.VAR_KEYWORD:
+                found |= value
+            elif _plain(value) or parameter.default is not None:
+                found[name] = value
+        if not _plain(found):
+            raise TypeError("it is called with objects that hold more than tensors")
         return found
 
 
@@ -94,6 +99,12 @@ def lint_called(called: Called, seed: int) -> tuple[list[Finding], tuple[str, ..
         if f.severity != "note"
     ]
     return here, ()
+
+
+def _plain(value: Any) -> bool:
+    """Whether there are only tensors, numbers, words and containers of them in a value."""
+    leaves = pytree.tree_leaves(value)
+    return all(isinstance(leaf, Tensor | bool | int | float | str | None) for leaf in leaves)
 
 
 def _copied(value: Any) -> Any:

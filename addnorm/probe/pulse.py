@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections import deque
+from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from addnorm.probe.structure import Join, Structure
 from addnorm.probe.tap import Point, Visitor
@@ -36,20 +39,26 @@ class Pulse(Visitor):
         join = self.joins[k]
         if join.kind == "block" or (self.only is not None and k not in self.only):
             return
-        parameters = [p for p in self._parameters(join) if p.requires_grad]
-        if not parameters:
-            return  # frozen on purpose
         if point.update.grad_fn is None:
-            self.dead[k] = "no gradient reaches its parameters"
+            if self._trainable(join):
+                self.dead[k] = "no gradient reaches its parameters"
             return
         with torch.no_grad():
             rows = _rows(point.update, join.features)
             if len(rows) < 2 or not bool((rows == rows[:1]).all()):
                 return
             silent = not bool(rows.any())
-        if self._learns(point.update, parameters, join.features):
-            return
-        self.dead[k] = "it adds 0" if silent else "it adds the same at every position"
+        parameters = _between(point.stream, point.update)
+        if parameters and not self._learns(point.update, parameters, join.features):
+            self.dead[k] = "it adds 0" if silent else "it adds the same at every position"
+
+    def _trainable(self, join: Join) -> bool:
+        """Whether the module that made the update, else its block, is not frozen on purpose."""
+        for name in (join.name.partition("#")[0], join.block, ""):
+            own = list(self.modules[name].parameters()) if name in self.modules else []
+            if own:
+                return any(p.requires_grad for p in own)
+        return False
 
     def _learns(self, update: Tensor, parameters: list[nn.Parameter], features: int) -> bool:
         """Whether a gradient reaches a parameter that is more than an offset."""
@@ -57,7 +66,7 @@ class Pulse(Visitor):
         vector = torch.randn(update.shape, generator=generator, device=update.device)
         vector = vector.to(update.dtype)
         alone = _rows(vector, features).float().sum(dim=0)
-        for parameter in reversed(parameters):  # the last ones are near: their products are cheap
+        for parameter in parameters:  # the nearest first, whose products are cheap
             (gradient,) = torch.autograd.grad(
                 update, parameter, vector, retain_graph=True, allow_unused=True
             )
@@ -71,13 +80,22 @@ class Pulse(Visitor):
                 return True
         return False
 
-    def _parameters(self, join: Join) -> Iterator[nn.Parameter]:
-        """Yield the parameters of the module that made the update, else of the block around it."""
-        for name in (join.name.partition("#")[0], join.block, ""):
-            own = list(self.modules[name].parameters()) if name in self.modules else []
-            if own:
-                yield from own
-                return
+
+def _between(stream: Any, update: Tensor) -> list[nn.Parameter]:
+    """Return the parameters that the update is made with, the nearest first, and not the stream."""
+    seen = {t.grad_fn for t in pytree.tree_leaves(stream) if isinstance(t, Tensor)}
+    found: dict[nn.Parameter, None] = {}
+    ahead = deque([update.grad_fn])
+    while ahead:
+        maker = ahead.popleft()
+        if maker is None or maker in seen:
+            continue
+        seen.add(maker)
+        variable = getattr(maker, "variable", None)
+        if isinstance(variable, nn.Parameter):
+            found[variable] = None
+        ahead += [following for following, _ in maker.next_functions]
+    return list(found)
 
 
 def _rows(x: Tensor, features: int) -> Tensor:

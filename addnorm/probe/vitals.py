@@ -254,8 +254,8 @@ class Reader(Visitor):
         with torch.no_grad():
             values["stream_before"] = _rms(self._level(k, point.stream))
             values["entered_non_finite"] = _non_finites(_tensors(point.stream))
-            update = _rows(point.update.detach(), join.features)
-            values["dead_units"] = (update == 0).all(dim=0).float().mean()
+            largest = _by_feature(point.update.detach(), join.features)
+            values["dead_units"] = (largest == 0).float().mean()
             if join.kind == "block" and point.skip is not None:
                 self.joined(k, point.skip.detach(), point.update.detach())
 
@@ -375,8 +375,9 @@ class Reader(Visitor):
 
         def note(gradient: Tensor) -> None:
             if not self._probing:
-                reading.squares[when].append(_norm(gradient.detach()).square())
-                reading.lost.append((~torch.isfinite(gradient)).sum())
+                norm = _norm(gradient.detach())
+                reading.squares[when].append(norm.square())
+                reading.lost.append(_non_finite_in(gradient, norm))
 
         for tensor in tensors:
             reading.counts[when] += tensor.numel()
@@ -423,15 +424,26 @@ def _rms(tensors: list[Tensor]) -> Tensor | float:
 
 
 def _non_finites(tensors: list[Tensor]) -> Tensor | int:
-    counts = [(~torch.isfinite(t.detach())).sum() for t in tensors]
-    return torch.stack(counts).sum() if counts else 0
+    return sum((_non_finite_in(t.detach(), _norm(t.detach())) for t in tensors), torch.zeros(()))
 
 
-def _rows(x: Tensor, features: int) -> Tensor:
-    """Return `(positions, features)`."""
+def _non_finite_in(x: Tensor, norm: Tensor) -> Tensor:
+    """Count the values that are not finite; on a CPU only where the norm says that there are some.
+
+    Elsewhere asking for the norm would wait for the device.
+    """
+    if x.device.type == "cpu" and math.isfinite(norm):
+        return torch.zeros(())
+    return (~torch.isfinite(x)).sum()
+
+
+def _by_feature(x: Tensor, features: int) -> Tensor:
+    """Return the largest absolute value of each feature over all positions."""
     if x.dim() < 2:
-        return x.reshape(1, -1)
-    return x.movedim(features, -1).flatten(0, -2)
+        return x.abs()
+    others = [i for i in range(x.dim()) if i != features % x.dim()]
+    largest: Tensor = torch.linalg.vector_norm(x, math.inf, dim=others)
+    return largest
 
 
 @torch.no_grad()
@@ -445,10 +457,12 @@ def similarity(x: Tensor) -> Tensor | float:
     if T < 2:
         return math.nan
     # A row's largest value goes first: the squares of a stream near 1e-20 would underflow.
-    size = x.abs().amax(dim=-1, keepdim=True)
-    unit = F.normalize(torch.where(size > 0, x / size, x), dim=-1)
-    together = unit.sum(dim=1).square().sum(dim=-1)  # sum of all cosines, T ones among them
-    alone = unit.square().sum(dim=(1, 2))
+    size = torch.linalg.vector_norm(x, math.inf, dim=-1, keepdim=True)
+    x = x / torch.where(size > 0, size, 1)
+    norm = torch.linalg.vector_norm(x, dim=-1)
+    unit = torch.where(norm > 0, 1 / norm, 0)  # what makes a row a unit vector, (B, T)
+    together = (unit[:, None] @ x).square().sum(dim=(1, 2))  # all cosines, T ones among them
+    alone = (unit > 0).sum(dim=1)
     return ((together - alone) / (T * (T - 1))).mean()
 
 
