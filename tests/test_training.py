@@ -1,5 +1,6 @@
 """The trainer: schedule, what it learns, checkpoints, kill and resume, failure."""
 
+import contextlib
 import json
 import os
 import random
@@ -14,10 +15,11 @@ import pytest
 import torch
 from torch import nn
 
-from addnorm import GPT, GPTConfig, TrainConfig, load_run, load_text, runs, sample, train
+from addnorm import GPT, GPTConfig, Runtime, TrainConfig, load_run, load_text, runs, sample, train
+from addnorm.cli import main
 from addnorm.files import read_json, read_lines
 from addnorm.training import checkpoint
-from addnorm.training.loop import make_optimizer
+from addnorm.training.loop import Observer, make_optimizer
 from addnorm.training.tune import Choice
 
 EAGER = Choice(threads=1)
@@ -312,6 +314,33 @@ def test_a_users_own_model_trains_resumes_and_samples(text, tmp_path):
         runs.build_model({"function": f"{tmp_path / 'own.py'}:mak"}, data)
 
 
+# Sixteen sigmoid layers without a skip connection: the gradient vanishes.
+SICK = """
+from torch import nn
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.lin(x).sigmoid()
+
+class Net(nn.Module):
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.token = nn.Embedding(vocab_size, 8)
+        self.layers = nn.Sequential(*[Layer() for _ in range(16)])
+        self.head = nn.Linear(8, vocab_size)
+
+    def forward(self, tokens):
+        return self.head(self.layers(self.token(tokens)))
+
+def make(vocab_size):
+    return Net(vocab_size)
+"""
+
+
 # -- kill and resume ---------------------------------------------------------------------------
 
 # A training in a process of its own. With `KILL_AT_WRITE=n` it kills itself with SIGKILL in the
@@ -446,3 +475,107 @@ def test_a_second_process_in_the_same_folder_is_refused(text, tmp_path):
     finally:
         process.kill()
         process.communicate()
+
+
+# -- the watched run ---------------------------------------------------------------------------
+
+
+class Heard(Observer):
+    """Keeps what is said; stops the run as Ctrl-C does after `stop` steps."""
+
+    def __init__(self, stop=0):
+        self.said, self.stop = [], stop
+
+    def say(self, message):
+        self.said.append(message)
+
+    def step(self, step, *_):
+        if step == self.stop:
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_the_curve_is_bitwise_the_same_watched_or_not_and_the_rows_are_kept(text, tmp_path, every):
+    config = TrainConfig(steps=9, warmup=2, eval_every=5, eval_batches=2)
+    for watched in (0, every):
+        model, data = small(text, dropout=0.1)
+        runtime = Runtime(watch=watched)
+        train(model, data, config, runtime, out=tmp_path / str(watched), choice=EAGER)
+    assert curve(tmp_path / "0") == curve(tmp_path / str(every))
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("0", str(every))]
+    assert weights[0] == weights[1]
+    assert not (tmp_path / "0" / "watch.jsonl").exists()
+    rows = read_lines(tmp_path / str(every) / "watch.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 10, every))
+    losses = {row["step"]: row["loss"] for row in curve(tmp_path / "0") if "loss" in row}
+    for row in rows:
+        assert row["loss"] == pytest.approx(losses[row["step"]])
+        assert row["stream/layer_0.1/rms_after"] > 0
+    assert 0 < rows[0]["parameters/layer_0.0/update_ratio"] < 1
+    assert 0 < rows[0]["parameters/gradient_norm"] <= config.clip + 1e-5
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_a_resumed_run_has_the_watch_rows_of_one_that_was_never_stopped(text, tmp_path, every):
+    config = TrainConfig(steps=20, warmup=2, eval_every=7, eval_batches=2)
+    for name, stop in (("whole", 0), ("run", 9)):
+        model, data = small(text, dropout=0.1)
+        out, runtime = tmp_path / name, Runtime(watch=every)
+        with contextlib.suppress(KeyboardInterrupt):
+            train(model, data, config, runtime, out=out, observer=Heard(stop), choice=EAGER)
+    folder = tmp_path / "run"
+    assert read_json(folder / "summary.json")["step"] == 10
+    with open(folder / "watch.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 13, "loss": 1.0}\n{"step": 17, "los')  # past the checkpoint, and torn
+    runs.resume(folder)
+    whole, resumed = (read_lines(tmp_path / n / "watch.jsonl") for n in ("whole", "run"))
+    assert [row["step"] for row in resumed] == list(range(1, 21, every))
+    assert resumed == whole
+
+
+def test_a_run_that_turns_sick_says_so_while_it_runs(text, tmp_path):
+    data = load_text(text, 16)
+    torch.manual_seed(0)
+    heard, config = Heard(), TrainConfig(steps=9, warmup=0, eval_every=5, eval_batches=1)
+    run = train(
+        Poisoned(data.vocab_size),
+        data,
+        config,
+        Runtime(watch=1),
+        out=tmp_path / "run",
+        observer=heard,
+        choice=EAGER,
+    )
+    assert run.status == "diverged"
+    (line,) = [said for said in heard.said if "sick" in said]
+    assert line.startswith("step 5: sick: non-finite at blocks.1: NaN or infinity, expected finite")
+    assert "Lower the learning rate, clip the gradient" in line
+    last = read_lines(tmp_path / "run" / "watch.jsonl")[-1]
+    assert (last["step"], last["finding/non-finite"]) == (5, 2)
+    with pytest.warns(UserWarning, match="step 5: sick: non-finite at blocks"):  # nobody listens
+        train(Poisoned(data.vocab_size), data, config, Runtime(watch=1), choice=EAGER)
+
+
+def test_a_model_without_blocks_trains_unwatched_and_says_why(text, tmp_path):
+    data = load_text(text, 16)
+    model = nn.Sequential(nn.Embedding(data.vocab_size, 8), nn.Linear(8, data.vocab_size))
+    heard = Heard()
+    train(model, data, TrainConfig(steps=2), out=tmp_path / "run", observer=heard, choice=EAGER)
+    assert "not watched: Sequential has no module that is a wiring or repeats" in heard.said[-1]
+    assert not (tmp_path / "run" / "watch.jsonl").exists()
+
+
+def test_the_command_line_prints_the_finding_on_stderr(text, tmp_path, capsys):
+    (tmp_path / "own.py").write_text(SICK, encoding="utf-8")
+    argv = f"train --model {tmp_path / 'own.py'}:make --data {text} --out {tmp_path / 'run'}"
+    settings = "--steps 6 --context 16 --device cpu --compile off --threads 1 --watch 1"
+    assert main([*argv.split(), *settings.split()]) == 0
+    out, err = capsys.readouterr()
+    assert "step 1: sick: vanishing-gradient at layers.0: gradient RMS" in err
+    assert "Keep an identity path" in err
+    assert "sick" not in out
+
+
+def test_a_watch_of_less_than_no_steps_is_refused():
+    with pytest.raises(ValueError, match=r"^watch -1 must be at least 0$"):
+        Runtime(watch=-1)

@@ -268,6 +268,17 @@ def test_every_nth_step_from_the_first_on_is_a_sample_and_rows_come_with_the_tra
     assert seen == [[]] * 3 + [[1, 4]] * 6 + [[1, 4, 7, 10]]
 
 
+def test_parameters_are_read_in_the_first_sample_and_every_flushth_after_it():
+    rows, model = {}, Net()
+    with watch(model, every=2, flush=3, log=lambda row, step: rows.update({step: row})) as watched:
+        train(model, 4, watched)
+        watched.flush()  # as a checkpoint does
+        train(model, 10, watched)
+    read = [step for step, row in rows.items() if "parameters/gradient_norm" in row]
+    assert list(rows) == [1, 3, 5, 7, 9, 11, 13]
+    assert read == [1, 7, 13]
+
+
 def test_a_resumed_watch_goes_on_counting_and_judges_beside_the_first_row():
     whole, model = [], Net()
     with watch(model, every=2, log=lambda row, step: whole.append((step, row))) as watched:

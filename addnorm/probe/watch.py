@@ -100,7 +100,7 @@ class Watch:
         """Read the gradients of the parameters, and keep the weights to measure their change.
 
         Called in front of the optimizer's step, with gradients as it gets them: after clipping
-        where that comes first. Both happen in the last sample before a transfer only.
+        where that comes first. Both happen in one of `flush` samples only.
         """
         self._read_gradients(optimizer, keep=True)
 
@@ -130,7 +130,7 @@ class Watch:
         self.after_update(loss)
 
     def _read_gradients(self, optimizer: torch.optim.Optimizer | None, keep: bool) -> None:
-        if self._passes.on and len(self._rows) + 1 >= self.flush_after:
+        if self._passes.on and self.count // self.every % self.flush_after == 0:
             scale = getattr(optimizer, "grad_scale", None)  # of one that unscales by itself
             self._parameters.read(scale if isinstance(scale, Tensor) else None, keep)
 
@@ -339,11 +339,12 @@ def watch(
 
     With several connections in a layer their names end in the number of the connection in its
     layer, `layer_3.1`; the second call of a module is `layer_3#2`. The parameters are measured in
-    the last sample before a transfer only, and their update only where an optimizer is seen, which
-    takes a copy of the weights for the length of its step. Of several forward passes before a step
-    the mean of their RMS counts; an activation checkpoint's second call does not. In a distributed
-    run the numbers are those of the whole batch over all processes, and nothing is communicated
-    before a transfer. A compiled graph measures in every step, so that there is only one.
+    the first sample and every `flush`-th after it, and their update only where an optimizer is
+    seen, which takes a copy of the weights for the length of its step. Of several forward passes
+    before a step the mean of their RMS counts; an activation checkpoint's second call does not. In
+    a distributed run the numbers are those of the whole batch over all processes, and nothing is
+    communicated before a transfer. A compiled graph measures in every step, so that there is only
+    one.
 
     Raises `ValueError` where the model has no connections, or `every` or `log` make no sense.
     """
