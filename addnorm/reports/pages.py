@@ -88,6 +88,7 @@ def write_trace_page(trace: dict[str, Any], path: Path, lang: str = "en") -> Non
         "deep": {name: both_lines(name, look) for name, look in deep.items()},
         "figures": list(figures),
         "vitals": measured(trace["connections"], VITALS),
+        "lost": any(c["non_finite"] for c in trace["connections"]),
         "meanings": MEANINGS,
     }
     _write("trace.html.j2", path, lang, drawn, context)
@@ -100,6 +101,7 @@ def write_traces_page(difference: dict[str, Any], path: Path, lang: str = "en") 
     context = {
         "title": ("Two X-rays", "两次透视"),
         "difference": difference,
+        "groups": {key: grouped(difference[key]) for key in ("new", "gone", "stayed")},
         "overall": OVERALL,
         "vitals": measured(both, PANELS),
     }

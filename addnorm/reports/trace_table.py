@@ -240,12 +240,7 @@ def _findings(trace: Row, zh: bool, everything: bool) -> list[Text]:
                 for name, value in zip(names, values, strict=True)
                 if value
             ]
-        if group.more:
-            first = ", ".join(map(safe, group.more[:3]))
-            rest = len(group.more)
-            lines.append(
-                Text(f"  另有 {rest} 处：{first} …" if zh else f"  and at {rest} more: {first} …")
-            )
+        lines += _more(group.more, zh)
     return lines
 
 
@@ -272,7 +267,7 @@ def compared(difference: dict[str, Any], lang: str = "en", everything: bool = Fa
         "发现" if zh else "findings", *(safe(verdict(side["findings"])[zh]) for side in (a, b))
     )
     parts: list[RenderableType] = [overall, Text(), _side_by_side(difference, zh, everything)]
-    parts += [Text(), *_changes(difference, zh)]
+    parts += [Text(), *_changes(difference, zh, everything)]
     return Group(*parts)
 
 
@@ -309,7 +304,7 @@ def _side_by_side(difference: dict[str, Any], zh: bool, everything: bool) -> Tab
     return table
 
 
-def _changes(difference: dict[str, Any], zh: bool) -> list[Text]:
+def _changes(difference: dict[str, Any], zh: bool, everything: bool) -> list[Text]:
     """Return which findings are gone, new, and in both."""
     words = (
         ("gone", "gone", "已消失", "green"),
@@ -318,12 +313,23 @@ def _changes(difference: dict[str, Any], zh: bool) -> list[Text]:
     )
     lines = []
     for key, en, zh_name, style in words:
-        for f in difference[key]:
-            shown = str(f["severity"])
-            severity = SEVERITIES.get(shown, shown) if zh else shown
-            line = Text(zh_name if zh else en, style=style)
-            text = f" {severity}: {_place(f, False)}: {said(f, 'why', False)}"
-            if zh:
-                text = f"{severity}：{_place(f, True)}：{said(f, 'why', True)}"
-            lines.append(line.append(safe(text), style="not bold default"))
+        for group in grouped(difference[key], everything):
+            for f in group.findings:
+                shown = str(f["severity"])
+                line = Text(zh_name if zh else en, style=style)
+                text = f" {shown}: {_place(f, False)}: {said(f, 'why', False)}"
+                if zh:
+                    shown = SEVERITIES.get(shown, shown)
+                    text = f" {shown}：{_place(f, True)}：{said(f, 'why', True)}"
+                lines.append(line.append(safe(text), style="not bold default"))
+            lines += _more(group.more, zh)
     return lines or [Text("两者都没有发现" if zh else "no findings in either")]
+
+
+def _more(places: Sequence[str], zh: bool) -> list[Text]:
+    """Return the line on the findings of one code that are not shown in full."""
+    if not places:
+        return []
+    first = ("，" if zh else ", ").join(map(safe, places[:3])) + " …" * (len(places) > 3)
+    count = len(places)
+    return [Text(f"  另有 {count} 处：{first}" if zh else f"  and at {count} more: {first}")]
