@@ -28,10 +28,11 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# The catalogue pages, out of the classes.
+# The catalogue pages and the table of findings, out of the classes.
 docs: $(STAMP)
 	$(BIN)/addnorm wirings --markdown docs/catalogue.md
 	$(BIN)/addnorm wirings --markdown docs/catalogue.zh-CN.md --lang zh
+	$(BIN)/python runs/findings_table.py
 
 # Installs again only when the requirements change.
 $(STAMP): pyproject.toml constraints.txt
