@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from addnorm import Stack
+from addnorm import GPT, GPTConfig, Stack
 from addnorm.probe.discover import discover
 from addnorm.probe.spelling import sides
 from addnorm.probe.tap import Point, Visitor, tapped
@@ -244,3 +244,32 @@ def test_the_two_sides_of_each_spelling_add_up():
     for name, args, kwargs in calls:
         one, two = sides(name, args, kwargs)
         assert torch.allclose(one + two, getattr(torch, name)(*args, **kwargs), atol=1e-5), name
+
+
+def test_what_a_visitor_calls_is_not_taken_for_the_models():
+    """Its own additions before the sum of a wiring do not shift which addition that is."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(depth=2, dim=8, heads=2, context=4, vocab_size=7, wiring="prenorm"))
+    tokens = torch.randint(7, (2, 4))
+
+    class Busy(Visitor):
+        def __init__(self):
+            self.sums = []
+
+        def __call__(self, k, point):
+            assert torch.add(point.update, point.skip).shape == point.update.shape
+            return None
+
+        def joined(self, k, skip, update):
+            self.sums.append((k, torch.add(skip, update)))
+
+    left = []
+    for connection in model.stack.connections:
+        connection.register_forward_hook(lambda _m, _a, out: left.append(out))
+    busy = Busy()
+    with torch.no_grad(), tapped(model, discover(model, tokens), busy):
+        left.clear()
+        model(tokens)
+    assert [k for k, _ in busy.sums] == [0, 1, 2, 3]
+    for (_, total), out in zip(busy.sums, left, strict=True):
+        torch.testing.assert_close(total, out)

@@ -7,7 +7,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from addnorm.probe.structure import Join, Place, Structure
 
 Key = tuple[str, int, str, int]
 Chain = tuple[tuple[str, int], ...]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,7 @@ class Tap(TorchFunctionMode):
         self._inputs = {p.index: p for p in streams if p.function == "input"}
         self._streams: dict[tuple[Key, int], Tensor] = {}
         self._whole = {(j.module, j.call): k for k, j in enumerate(self.joins) if j.kind != "add"}
+        self._visiting = False  # in a hook of ours
         self._open: list[tuple[int, Any]] = []  # connections that are under way, and their stream
 
     @contextlib.contextmanager
@@ -172,19 +174,33 @@ class Tap(TorchFunctionMode):
         modules = dict(self.model.named_modules())
         with contextlib.ExitStack() as exits:
             exits.enter_context(self.frames.followed())
-            begin = self.model.register_forward_pre_hook(self._begin, with_kwargs=True)
+            begin = self.model.register_forward_pre_hook(self._aside(self._begin), with_kwargs=True)
             exits.callback(begin.remove)
             for path in dict.fromkeys(module for module, _ in self._whole):
                 module = modules[path]
                 hooks: list[Any] = [
-                    module.register_forward_pre_hook(self._entering, with_kwargs=True),
-                    module.register_forward_hook(self._leaving),
+                    module.register_forward_pre_hook(self._aside(self._entering), with_kwargs=True),
+                    module.register_forward_hook(self._aside(self._leaving)),
                 ]
                 if isinstance(module, Wiring):
-                    hooks.append(module.branch.register_forward_hook(self._branch_returned))
+                    hooks.append(
+                        module.branch.register_forward_hook(self._aside(self._branch_returned))
+                    )
                 for hook in hooks:
                     exits.callback(hook.remove)
             yield
+
+    def _aside(self, hook: Callable[..., T]) -> Callable[..., T]:
+        """Return the hook so that what it and the visitor call is not counted as the model's."""
+
+        def call(*args: Any) -> T:
+            self._visiting = True
+            try:
+                return hook(*args)
+            finally:
+                self._visiting = False
+
+        return call
 
     def _begin(
         self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -264,7 +280,7 @@ class Tap(TorchFunctionMode):
     ) -> Any:
         """Run the function; at an addition that is a connection, let the visitor in."""
         kwargs = kwargs or {}
-        name = function_name(func) if self.frames.stack else None
+        name = function_name(func) if self.frames.stack and not self._visiting else None
         if name is None:
             return func(*args, **kwargs)
         key = self.frames.place(name)
