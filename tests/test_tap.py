@@ -249,7 +249,7 @@ def test_the_two_sides_of_each_spelling_add_up():
 def test_what_a_visitor_calls_is_not_taken_for_the_models():
     """Its own additions before the sum of a wiring do not shift which addition that is."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(depth=2, dim=8, heads=2, context=4, vocab_size=7, wiring="prenorm"))
+    model = GPT(GPTConfig(depth=2, dim=8, heads=2, context=4, vocab_size=7, wiring="residual"))
     tokens = torch.randint(7, (2, 4))
 
     class Busy(Visitor):
@@ -257,7 +257,7 @@ def test_what_a_visitor_calls_is_not_taken_for_the_models():
             self.sums = []
 
         def __call__(self, k, point):
-            assert torch.add(point.update, point.skip).shape == point.update.shape
+            torch.add(point.update, point.update)
             return None
 
         def joined(self, k, skip, update):
