@@ -91,14 +91,14 @@ def picture(cells: list[dict[str, Any]]) -> alt.HConcatChart:
             alt.Color(
                 "branch:N",
                 scale=alt.Scale(range=[PALETTE[0], PALETTE[1]]),
-                legend=alt.Legend(title="branch removed", orient="bottom"),
+                legend=alt.Legend(title="branch removed", orient="bottom", symbolOpacity=1),
             ),
         )
         y = alt.Y(
             "effect:Q",
             title="rise of the validation loss (nats)",
             scale=alt.Scale(type="symlog", constant=0.01),
-            axis=alt.Axis(values=[0, 0.01, 0.03, 0.1, 0.3, 1, 3]),
+            axis=alt.Axis(values=[0, 0.01, 0.03, 0.1, 0.3, 1, 3], format="~g"),
         )
         seeds = base.mark_circle(opacity=0.45, size=30).encode(y, detail="seed:N")
         mean = base.mark_line(strokeWidth=2.5).encode(y.copy(), detail="branch:N")
