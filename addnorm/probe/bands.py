@@ -153,14 +153,14 @@ class Evidence:
         """Yield the gradient at the two ends of every stream: an encoder's, then a decoder's.
 
         Where it overflows on its way back, the upper end is the last connection that has a number.
-        Streams without a gradient, or of one connection, are left out.
+        A stream of one connection is left out.
         """
         starts = [k for k in range(len(self)) if self._first(k)]
         for start, end in zip(starts, [*starts[1:], len(self)], strict=True):
             heard = [c.gradient_after for c in self.connections[start:end]]
             lost = [k for k, g in enumerate(heard) if math.isnan(g)]
             first = max(lost, default=-1) + 1
-            if first < len(heard) - 1 and math.isfinite(heard[-1]) and max(heard[first:]) > 0:
+            if first < len(heard) - 1 and math.isfinite(heard[-1]):
                 low, high = (max(g, UNDERFLOW) for g in (heard[first], heard[-1]))
                 yield Ends(start + first, end - 1, low, high, end - start)
 

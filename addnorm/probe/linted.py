@@ -96,7 +96,6 @@ def lint_called(called: Called, seed: int) -> tuple[list[Finding], tuple[str, ..
     here = [
         replace(f, where=called.name if f.where == kind else f"{called.name}.{f.where}")
         for f in found
-        if f.severity != "note"
     ]
     return here, ()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ OFFSET = 1e-3  # 1 - cosine up to which a gradient is the incoming vector alone
 
 
 class Pulse(Visitor):
-    """Notes the branches that are dead, with how it shows; `only` limits which are looked at.
+    """Notes the branches that are dead, with how it shows.
 
     Dead: what a branch adds is the same at every position of the batch, and a vector-Jacobian
     product from there finds no parameter but offsets. A branch that starts silent (an output matrix
@@ -26,18 +25,15 @@ class Pulse(Visitor):
     costs a product, of one branch.
     """
 
-    def __init__(
-        self, model: nn.Module, structure: Structure, only: Collection[int] | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, structure: Structure) -> None:
         self.modules = dict(model.named_modules())
         self.joins = structure.joins
-        self.only = only
         self.dead: dict[int, str] = {}
 
     def __call__(self, k: int, point: Point) -> None:
         """Look at what the branch returned."""
         join = self.joins[k]
-        if join.kind == "block" or (self.only is not None and k not in self.only):
+        if join.kind == "block":
             return
         if point.update.grad_fn is None:
             if self._trainable(join):

@@ -14,7 +14,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -167,12 +166,12 @@ def _still_dead(
     """Look again in evaluation: stochastic depth may have dropped a branch for the whole batch."""
     if not dead or not any(module.training for module in model.modules()):
         return dead
-    pulse = Pulse(model, structure, only=dead)
+    pulse = Pulse(model, structure)
     with untouched(model), torch.enable_grad():
         model.eval()
         with tapped(model, structure, pulse):
             call_model(model, inputs)
-    return pulse.dead
+    return {k: how for k, how in dead.items() if k in pulse.dead}
 
 
 class Reading:
@@ -254,8 +253,8 @@ class Reader(Visitor):
         with torch.no_grad():
             values["stream_before"] = _rms(self._level(k, point.stream))
             values["entered_non_finite"] = _non_finites(_tensors(point.stream))
-            largest = _by_feature(point.update.detach(), join.features)
-            values["dead_units"] = (largest == 0).float().mean()
+            sizes = _by_feature(point.update.detach(), join.features)
+            values["dead_units"] = (sizes == 0).float().mean()
             if join.kind == "block" and point.skip is not None:
                 self.joined(k, point.skip.detach(), point.update.detach())
 
@@ -285,9 +284,7 @@ class Reader(Visitor):
                 values["effective_rank"] = effective_rank(rows)
                 if before is not None and before.shape == now.shape:
                     was = before.detach().movedim(axis, -1) if now.dim() > 1 else before.detach()
-                    values["stream_cosine"] = F.cosine_similarity(
-                        was.float(), rows.float(), dim=-1
-                    ).mean()
+                    values["stream_cosine"] = _cosine(was, rows)
                 values["streams_cosine"] = _between_streams(out, now)
         self._probe(k, stream, out, entered, left)
         self._listen(reading, "before", entered)
@@ -438,12 +435,32 @@ def _non_finite_in(x: Tensor, norm: Tensor) -> Tensor:
 
 
 def _by_feature(x: Tensor, features: int) -> Tensor:
-    """Return the largest absolute value of each feature over all positions."""
+    """Return the sum of absolute values of each feature over all positions."""
     if x.dim() < 2:
         return x.abs()
-    others = [i for i in range(x.dim()) if i != features % x.dim()]
-    largest: Tensor = torch.linalg.vector_norm(x, math.inf, dim=others)
-    return largest
+    return x.abs().sum(dim=[i for i in range(x.dim()) if i != features % x.dim()])
+
+
+# Written with sums over the last axis: norms and cosines of torch take up to a hundred times as long
+# where that axis is not the innermost in memory, as in images.
+
+
+def _scaled(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return rows whose largest value is 1, and 1 / their norm, 0 for a row of zeros.
+
+    The squares of a stream near 1e-20 would underflow.
+    """
+    x = x.detach().float()
+    size = x.abs().amax(dim=-1, keepdim=True)
+    x = x / torch.where(size > 0, size, 1)
+    squares = x.square().sum(dim=-1)
+    return x, torch.where(squares > 0, squares.rsqrt(), 0)
+
+
+def _cosine(one: Tensor, two: Tensor) -> Tensor:
+    """Return the mean cosine between the rows of two tensors; with a row of zeros it is 0."""
+    (one, unit_one), (two, unit_two) = _scaled(one), _scaled(two)
+    return ((one * two).sum(dim=-1) * unit_one * unit_two).mean()
 
 
 @torch.no_grad()
@@ -451,16 +468,11 @@ def similarity(x: Tensor) -> Tensor | float:
     """Return the mean cosine between different positions: T of `(B, T, D)`, rows of `(B, D)`."""
     if x.dim() < 2:
         return math.nan
-    x = x.detach().float()
     x = x.unsqueeze(0) if x.dim() == 2 else x.flatten(1, -2)  # (B, T, D)
     T = x.shape[1]
     if T < 2:
         return math.nan
-    # A row's largest value goes first: the squares of a stream near 1e-20 would underflow.
-    size = torch.linalg.vector_norm(x, math.inf, dim=-1, keepdim=True)
-    x = x / torch.where(size > 0, size, 1)
-    norm = torch.linalg.vector_norm(x, dim=-1)
-    unit = torch.where(norm > 0, 1 / norm, 0)  # what makes a row a unit vector, (B, T)
+    x, unit = _scaled(x)
     together = (unit[:, None] @ x).square().sum(dim=(1, 2))  # all cosines, T ones among them
     alone = (unit > 0).sum(dim=1)
     return ((together - alone) / (T * (T - 1))).mean()
