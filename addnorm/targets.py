@@ -181,7 +181,7 @@ def _load(transformers: Any, folder: Path, facts: Mapping[str, Any]) -> tuple[An
     )
     if found["missing_keys"]:
         first = sorted(found["missing_keys"])[0]
-        raise ValueError(f"{len(found['missing_keys'])} tensors are missing, the first {first}")
+        raise ValueError(f"{first} is missing, one of {len(found['missing_keys'])} tensors")
     return model, labels
 
 
