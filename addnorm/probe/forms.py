@@ -1,4 +1,4 @@
-"""What leaves a block whose branches are silent: the forms that a skip connection may have.
+"""What goes into a block on trial, and what leaves it when its branches are silent.
 
 Shapes: x `(B, ..., D)` for a norm, any shape `(B, ...)` for the rest.
 """
@@ -9,11 +9,13 @@ import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from addnorm.probe.losses import floats_in
 
 CLOSE = 1e-4  # share of the RMS that rounding may make
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -29,6 +31,32 @@ class Form(NamedTuple):
 
     name: str  # x, act(x), N(x), S(x), something of x, nothing of x
     meaning: str
+
+
+def stream_of(example: Any) -> Tensor:
+    """Return the first floating-point tensor of the example."""
+    found = floats_in(list(example.values()) if isinstance(example, Mapping) else example)
+    if not found or not found[0].dim():
+        raise ValueError("the example must hold a floating-point tensor (B, ...)")
+    return found[0]
+
+
+def with_stream(example: Any, stream: Tensor) -> Any:
+    """Return the example with another stream, and clones of the other tensors."""
+    left = [stream]
+
+    def change(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if left and value.is_floating_point():
+            return left.pop()
+        return value.detach().clone()
+
+    if isinstance(example, Tensor):
+        return change(example)
+    if isinstance(example, Mapping):
+        return {key: change(value) for key, value in example.items()}
+    return tuple(change(value) for value in example)
 
 
 def rms(x: Tensor) -> float:

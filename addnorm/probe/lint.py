@@ -15,7 +15,17 @@ from torch import Tensor, nn
 
 from addnorm.contract import Wiring, unknown
 from addnorm.probe.findings import worst_first
-from addnorm.probe.forms import CLOSE, Form, depends, form_of, lively, norm_ratio, rms
+from addnorm.probe.forms import (
+    CLOSE,
+    Form,
+    depends,
+    form_of,
+    lively,
+    norm_ratio,
+    rms,
+    stream_of,
+    with_stream,
+)
 from addnorm.probe.losses import call_model, floats_in
 from addnorm.probe.purity import untouched, unwrap
 from addnorm.probe.trace import Finding
@@ -71,7 +81,7 @@ def lint(
         if code not in known:
             raise ValueError(unknown("rule", code, known))
     block = unwrap(block)
-    stream = _stream(example)
+    stream = stream_of(example)
     if not -stream.dim() <= batch_dim < stream.dim():
         raise ValueError(f"batch_dim {batch_dim} must be an axis of {tuple(stream.shape)}")
     trial = _Trial(block, example, batch_dim, seed)
@@ -85,32 +95,6 @@ def lint(
     return worst_first(found)
 
 
-def _stream(example: Any) -> Tensor:
-    """Return the first floating-point tensor of the example."""
-    found = floats_in(list(example.values()) if isinstance(example, Mapping) else example)
-    if not found or not found[0].dim():
-        raise ValueError("the example must hold a floating-point tensor (B, ...)")
-    return found[0]
-
-
-def _with(example: Any, stream: Tensor) -> Any:
-    """Return the example with another stream, and clones of the other tensors."""
-    left = [stream]
-
-    def change(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        if left and value.is_floating_point():
-            return left.pop()
-        return value.detach().clone()
-
-    if isinstance(example, Tensor):
-        return change(example)
-    if isinstance(example, Mapping):
-        return {key: change(value) for key, value in example.items()}
-    return tuple(change(value) for value in example)
-
-
 class _Trial:
     """A block, its example, and the rules; every rule works on a copy of its own."""
 
@@ -120,7 +104,7 @@ class _Trial:
         self._batch_dim = batch_dim
         self._seed = seed
         self._name = type(block).__name__
-        self._x = _stream(example).detach()
+        self._x = stream_of(example).detach()
         self._wirings = [m for m in block.modules() if isinstance(m, Wiring)]
 
     def _copy(self, *, training: bool = False) -> nn.Module:
@@ -138,7 +122,7 @@ class _Trial:
         return made
 
     def _call(self, block: nn.Module, stream: Tensor) -> Tensor:
-        found = floats_in(call_model(block, _with(self._example, stream)))
+        found = floats_in(call_model(block, with_stream(self._example, stream)))
         if not found:
             raise TypeError("the block returned no floating-point tensor")
         return found[0]
