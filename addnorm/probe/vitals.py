@@ -441,8 +441,8 @@ def _by_feature(x: Tensor, features: int) -> Tensor:
     return x.abs().sum(dim=[i for i in range(x.dim()) if i != features % x.dim()])
 
 
-# Written with sums over the last axis: norms and cosines of torch take up to a hundred times as long
-# where that axis is not the innermost in memory, as in images.
+# Written with sums over the last axis: norms and cosines of torch take up to a hundred times as
+# long where that axis is not the innermost in memory, as in images.
 
 
 def _scaled(x: Tensor) -> tuple[Tensor, Tensor]:
