@@ -229,7 +229,7 @@ class Tap(TorchFunctionMode):
         if k is None:
             self._open.append((-1, None))
             return None
-        args, kwargs = pytree.tree_map(_alias, (args, kwargs))
+        args, kwargs = _aliases((args, kwargs))
         stream: Any = args[0] if args else next(iter(kwargs.values()), None)
         if not isinstance(module, Wiring):
             stream = first_tensor((args, kwargs))
@@ -249,7 +249,7 @@ class Tap(TorchFunctionMode):
         if k < 0:
             return None
         if isinstance(module, Wiring):
-            return self._after(k, pytree.tree_map(_alias, out))
+            return self._after(k, _aliases(out))
         leaves, tree = pytree.tree_flatten(out)
         at = next((i for i, leaf in enumerate(leaves) if is_float(leaf)), None)
         if at is None:
@@ -369,6 +369,11 @@ def _alias(value: Any) -> Any:
     if not is_float(value) or not torch.is_grad_enabled():
         return value
     return value.view_as(value) if value.requires_grad else value.detach().requires_grad_()
+
+
+def _aliases(value: Any) -> Any:
+    """Return the same with an alias for every tensor; without gradients there is no need."""
+    return pytree.tree_map(_alias, value) if torch.is_grad_enabled() else value
 
 
 def first_tensor(value: Any) -> Tensor | None:
