@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from addnorm import GPT, GPTConfig, watch
+from addnorm.branches import Branch
 from addnorm.contract import Stack, catalogue
 from addnorm.probe.trace import UNDERFLOW
 from addnorm.probe.watch_sample import GROWTH, Sample, Vital, judge_sample
@@ -204,22 +205,79 @@ def test_blocks_of_a_foreign_model_called_once_or_more_with_and_without_checkpoi
         hold(watched.row(), label, vitals)
 
 
+class Linear(Branch):
+    """A branch of its own kind, which a stack takes as it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(8, 8)
+
+    def forward(self, x, context):
+        return self.lin(x)
+
+
 def test_a_branch_that_several_connections_share_is_heard_by_the_one_that_calls_it():
     torch.manual_seed(0)
-    branch = nn.Linear(8, 8)
-    stack = Stack([branch, nn.Linear(8, 8), branch], "prenorm", dim=8, shared=True)
+    branch = Linear()
+    stack = Stack([branch, Linear(), branch], "prenorm", dim=8, shared=True)
     model = nn.Sequential(nn.Embedding(VOCABULARY, 8), stack, nn.Linear(8, VOCABULARY))
-    twin = copy.deepcopy(model)
     with watch(model, every=1, flush=1) as watched:
         loss_of(model, tokens()).backward()
         watched.step()
     with torch.no_grad():
-        x = twin[0](tokens())
-        for i, connection in enumerate(twin[1]):
-            out = connection.branch(connection.norm_in(x) if hasattr(connection, "norm_in") else
-                                    connection.norm(x), None)  # fmt: skip
+        x = model[0](tokens())
+        for i, connection in enumerate(stack):
+            out = connection.branch.lin(nn.functional.layer_norm(x, (8,)))
             assert watched.row()[f"branch/layer_{i}/share"] == pytest.approx(rms(out) / rms(x))
             x = x + out
+
+
+class Twice(nn.Module):
+    """Calls the module around its blocks twice in a pass."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(VOCABULARY, 8)
+        self.body = nn.Sequential(Block(8), Block(8))
+        self.head = nn.Linear(8, VOCABULARY)
+
+    def forward(self, inputs):
+        return self.head(self.body(self.body(self.embed(inputs))))
+
+
+def test_a_row_of_blocks_called_twice_in_a_pass_is_told_apart_and_alone_it_begins_one():
+    model, twin = Twice(), Twice()
+    with watch(model, every=1, flush=1) as watched:
+        loss_of(model, tokens()).backward()
+        watched.step()
+        expected, _ = naive(twin, list(twin.body), tokens())
+        for label, vitals in zip(("0", "1", "0#2", "1#2"), expected, strict=True):
+            hold(watched.row(), f"layer_{label}", vitals)
+        for _ in range(2):  # as in a loop that never calls the model itself
+            loss = model.head(model.body(model.embed(tokens()))).square().mean()
+            loss.backward()
+        watched.step()
+    assert not [name for name in watched.row() if "#2" in name]
+
+
+def test_several_stacks_in_a_model_have_names_of_their_own():
+    model = nn.ModuleDict({"a": gpt(), "b": gpt()})
+    with watch(model, every=1, flush=1) as watched:
+        (loss_of(model["a"], tokens()) + loss_of(model["b"], tokens(1))).backward()
+        watched.step()
+    names = [f"stream/layer_{i}/rms_before" for i in range(8)]
+    assert [name for name in watched.row() if name.endswith("rms_before")][::2] == names
+
+
+def test_sums_of_half_precision_are_taken_in_float32():
+    model = Net(dim=64).bfloat16()
+    twin = copy.deepcopy(model)
+    with watch(model, every=1, flush=1) as watched:
+        loss_of(model, tokens(batch=64)).backward()
+        watched.step()
+    expected, _ = naive(twin, list(twin.blocks), tokens(batch=64))
+    hold(watched.row(), "layer_1", expected[1])
 
 
 def test_a_block_that_writes_into_its_input_shows_no_share_rather_than_a_wrong_one():
@@ -318,6 +376,18 @@ def test_begin_forgets_what_was_tried_out_before():
         watched.step()
     expected, _ = naive(twin, list(twin.blocks), tokens())
     hold(watched.row(), "layer_0", expected[0])
+
+
+def test_begin_drops_rows_that_wait_and_a_closed_watch_measures_nothing():
+    model, rows = Net(), []
+    watched = watch(model, every=1, flush=5, log=lambda row, step: rows.append(step))
+    train(model, 2, watched)
+    watched.begin(7)
+    train(model, 2, watched)
+    watched.close()
+    train(model, 6, watched)
+    watched.close()
+    assert rows == [8, 9]
 
 
 def test_passes_without_a_graph_and_steps_in_between_are_not_measured():
@@ -511,13 +581,16 @@ def test_a_model_that_was_compiled_and_called_before_is_noticed():
 def test_every_wiring_is_measured_at_every_connection(wiring):
     model, plain = gpt(wiring), gpt(wiring)
     with watch(model, every=1, flush=1, on_finding=lambda *_: None) as watched:
+        torch.manual_seed(2)  # one of them drops
         losses = train(model, 2, watched)
+    torch.manual_seed(2)
     assert losses == train(plain, 2)
     row = watched.row()
     for label in ("layer_0.0", "layer_0.1", "layer_1.0", "layer_1.1"):
         assert row[f"stream/{label}/rms_before"] > 0
         assert row[f"stream/{label}/rms_after"] > 0
         assert row[f"branch/{label}/share"] >= 0
+        assert row[f"gradient/{label}/rms_after"] > 0
 
 
 # -- verdicts ----------------------------------------------------------------------------------
