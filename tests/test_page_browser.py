@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+from dataclasses import replace
 
 import pytest
 from playwright.sync_api import sync_playwright
@@ -14,6 +15,9 @@ from report_cases import (
     seeds,
     three_wirings,
 )
+from test_trace_reports import connection, finding
+from test_trace_reports import deep as deep_looks
+from test_trace_reports import make as make_deep
 
 from addnorm.reports.chart_style import PALETTE
 from addnorm.reports.pages import write_comparison_page, write_run_page, write_trace_page
@@ -84,10 +88,20 @@ def trace_page(path, lang="en"):
     write_trace_page(trace, path, lang)
 
 
+def deep_page(path, lang="en"):
+    make_deep(looks=deep_looks()).save(path, lang)
+
+
+def both_page(path, lang="en"):
+    make_deep(4).compare(make_deep(9)).save(path, lang)
+
+
 PAGES = {
     "comparison": (lambda p, lang="en": write_comparison_page(three_wirings(), p, lang), 4),
     "many": (lambda p, lang="en": write_comparison_page(many_wirings(45), p, lang), 4),
     "trace": (trace_page, 1),
+    "looks": (deep_page, 7),
+    "traces": (both_page, 1),
     "run": (run_page, 1),
 }
 
@@ -203,6 +217,62 @@ def test_hostile_names_are_shown_and_do_nothing(browser, tmp_path):
         point.hover(force=True)
         page.wait_for_selector("#vg-tooltip-element.visible")
         assert HOSTILE in page.inner_text("#vg-tooltip-element")
+
+
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_hostile_names_in_a_trace_are_shown_and_do_nothing(browser, tmp_path, lang):
+    path = tmp_path / "page.html"
+    found = (finding(HOSTILE, "sick", HOSTILE),)
+    rows = (connection(0, HOSTILE), connection(1))
+    replace(make_deep(findings=found), model=HOSTILE, connections=rows).save(path, lang)
+    with opened(browser, path) as page:
+        page.on("dialog", lambda dialog: pytest.fail("a script of a name ran"))
+        assert page.locator("img").count() == 0
+        assert HOSTILE in page.inner_text("h1")
+        assert HOSTILE in page.inner_text(".advice code")
+        assert HOSTILE in page.inner_text("tbody th >> nth=0")
+
+
+def test_a_hover_marks_the_connection_in_all_panels(browser, tmp_path):
+    path = tmp_path / "page.html"
+    make_deep().save(path)
+    with opened(browser, path) as page:
+        strips = page.locator("#chart-trace .role-mark.mark-rule line[opacity='0.22']")
+        assert strips.count() == 0
+        hidden = page.locator("#chart-trace .role-mark.mark-rule line[opacity='0']")
+        page.locator("#chart-trace").scroll_into_view_if_needed()
+        box = hidden.nth(2).bounding_box()
+        page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+        strips.first.wait_for(state="attached")
+        page.wait_for_selector("#vg-tooltip-element.visible")
+        assert strips.count() == 6  # one in each panel
+        assert "blocks.2" in page.inner_text("#vg-tooltip-element")
+
+
+def test_panels_over_depth_stand_in_line(browser, tmp_path):
+    """A place on the axis is at the same pixel in the vitals, the lesions and the lens."""
+    path = tmp_path / "page.html"
+    deep_page(path)
+    with opened(browser, path) as page:
+        edges = {
+            name: page.locator(f"#chart-{name} svg path.background >> nth=-1").bounding_box()
+            for name in ("trace", "lesion", "lens")
+        }
+        left = [round(box["x"]) for box in edges.values()]
+        width = [round(box["width"]) for box in edges.values()]
+        assert max(left) - min(left) <= 4
+        assert max(width) - min(width) <= 2
+
+
+def test_long_names_do_not_widen_the_page(browser, tmp_path):
+    path = tmp_path / "page.html"
+    rows = tuple(connection(i, "a_name_that_does_not_end" * 9 + "{}") for i in range(3))
+    found = (finding("loud", "sick", rows[0].name),)
+    replace(make_deep(findings=found), connections=rows).save(path)
+    with opened(browser, path) as page:
+        assert page.evaluate("document.documentElement.scrollWidth") <= 1280
+        cell = page.locator("tbody th").first.bounding_box()
+        assert cell["width"] <= 361
 
 
 def test_narrow_screen_scrolls_inside_the_page_only(browser, tmp_path):

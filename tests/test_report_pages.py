@@ -24,6 +24,7 @@ from addnorm.reports import charts, charts_single
 from addnorm.reports.pages import number, write_comparison_page, write_run_page, write_trace_page
 from addnorm.reports.statements import statements
 from addnorm.reports.summary import summarise
+from addnorm.reports.trace_charts import trace_chart
 
 CJK = re.compile("[\u4e00-\u9fff]")
 
@@ -136,16 +137,16 @@ def test_every_wiring_has_its_own_colour_and_shape():
 
 
 def test_trace_chart_leaves_out_what_was_not_measured():
-    full = charts_single.trace_chart(make_trace(6)).to_dict()
-    assert len(full["vconcat"]) == 3
-    assert len(charts_single.trace_chart(make_trace(6, wiring="plain")).to_dict()["vconcat"]) == 2
+    full = trace_chart(make_trace(6)).to_dict()
+    assert len(full["vconcat"]) == 4
+    assert len(trace_chart(make_trace(6, wiring="plain")).to_dict()["vconcat"]) == 3
     axes = [next(units(p))["encoding"]["y"]["title"] for p in full["vconcat"]]
-    assert axes == ["stream RMS", "branch RMS / stream RMS", "gradient RMS"]
+    assert axes == ["stream RMS", "branch share", "gradient RMS", "token similarity"]
     assert full["resolve"]["scale"]["x"] == "shared"
     nothing = make_trace(2)
     for c in nothing["connections"]:
         c |= {"stream_after": math.nan, "branch_share": None, "gradient_after": math.inf}
-    assert charts_single.trace_chart(nothing).to_dict()["vconcat"]
+    assert trace_chart(nothing).to_dict()["vconcat"]
 
 
 def test_run_chart_averages_a_long_run():
