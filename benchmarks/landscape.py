@@ -7,11 +7,11 @@ passes) and, by the same filter-normalised directions, the picture from at most 
 twelfth of the passes. Its error is the difference from the dense one over all its points as a share
 of the range, beside what it said itself from its held-out points.
 
-The package `loss-landscapes` (`pip install -c constraints.txt loss-landscapes`) computes as many
-points as it can in the time that ours took; its picture is interpolated bilinearly to 51 x 51 and
-held against its own dense one, since its directions are others. It shifts every second row of its
-grid by one step (3.0.6, `random_plane`: `add_` before each point one way, `sub_` the other), and a
-coarse grid by more.
+The package `loss-landscapes` (`pip install '.[bench]'`) computes as many points as it can in the
+time that ours took; its picture is interpolated bilinearly to 51 x 51 and held against its own
+dense one, since its directions are others. It shifts every second row of its grid by one step
+(3.0.6, `random_plane`: `add_` before each point one way, `sub_` the other), and a coarse grid by
+more.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ def main() -> int:
     print(describe(facts))
     print(measure_roofline(device, neighbours=neighbours))
     if not has_peer():
-        print("loss-landscapes is not installed: pip install -c constraints.txt loss-landscapes")
+        print("loss-landscapes is not installed: pip install -c constraints.txt '.[bench]'")
     header = ["network", "range"]
     for label in LIMITS:
         header += [f"{label}: nodes, passes", "largest error (said)", "rms (said)"]
@@ -222,12 +222,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=150, help="of training")
     parser.add_argument("--batch", type=int, default=256, help="digits in the common batch")
     parser.add_argument("--radius", type=float, default=1.0)
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--quick", action="store_true", help="3 rounds")
+    parser.add_argument("--rounds", type=int, default=None)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--patience", type=float, default=600.0, help="seconds to wait for quiet")
     parser.add_argument("--json", type=Path, default=None)
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.rounds = options.rounds or (3 if options.quick else ROUNDS)
+    return options
 
 
 if __name__ == "__main__":
