@@ -3,13 +3,13 @@
     make mutants
     .venv/bin/python tests/mutants.py --only deepnorm --json mutants.json
 
-Every function of `addnorm/wirings/*.py`, and `keep_mask`, is taken apart as a syntax tree. Each
+Every function of `addnorm/wirings/*.py`, and what drops paths, is taken apart as a syntax tree. Each
 operator, constant, axis, comparison, condition, pair of arguments or returned values and each
 statement that is a call is changed by rule, one at a time: nothing is chosen by hand. Left alone is
 what is no formula: texts, types, asserts, raises, `strict=` of zip, calls into torch.cuda.
 
 A mutant is killed when one row of the tests that names its wiring goes red: rows of
-`test_wirings.py` and `test_catalogue.py` whose parameters or code name it, or a class or function
+`test_wirings.py` and `test_catalogue_*.py` whose parameters or code name it, or a class or function
 that uses what was changed. Each runs in a forked process that puts the changed code into the live
 functions, so that nothing is imported or registered again. Exits 1 when more than 2 % survive or
 one that survives is not explained in EQUIVALENT.
@@ -38,10 +38,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TESTS = ["tests/test_wirings.py", "tests/test_catalogue.py"]
+TESTS = [
+    "tests/test_wirings.py",
+    *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_catalogue_*.py")),
+]
 SOURCES = {  # file: the functions to mutate, None for all
     **dict.fromkeys(["norm.py", "scale.py", "memory.py", "streams.py"]),
-    "../branches.py": ["keep_mask"],
+    "../branches.py": ["keep_mask", "DropPath", "drop"],
 }
 NAMED = ("forward", "open", "close", "reset_parameters")  # counted by themselves as well
 MOST = 0.02  # of the mutants may survive
