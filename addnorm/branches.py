@@ -6,6 +6,7 @@ Shapes: `(..., D)` in, `(..., D)` out. Tokens are `(B, T, D)`, channel-last imag
 from __future__ import annotations
 
 import math
+import sys
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -176,6 +177,12 @@ def wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def sharded(x: Tensor) -> bool:
+    """Whether a tensor is spread over several processes (FSDP2)."""
+    home = sys.modules.get("torch.distributed.tensor")
+    return home is not None and isinstance(x, home.DTensor)
+
+
 def keep_mask(x: Tensor, keep: float, *, per_sample: bool = True) -> Tensor:
     """Return 1 with probability `keep` and else 0: one for each sample of `x (B, ..., D)`, or one.
 
@@ -186,38 +193,44 @@ def keep_mask(x: Tensor, keep: float, *, per_sample: bool = True) -> Tensor:
     return (torch.rand(shape, device=x.device) < keep).to(x.dtype)
 
 
-class DropPath(Branch):
-    """Stochastic depth: `F(x)` with probability `1 - rate` per sample, rescaled, else 0.
+class DropPath(nn.Module):
+    """Stochastic depth: an update with probability `1 - rate` per sample, rescaled, else 0.
 
     Huang et al. 2016 (arXiv:1603.09382) drop per mini-batch; this is the per-sample form of timm,
-    `F(x) mask / (1 - rate)`, which equals the plain branch in evaluation.
+    `f mask / (1 - rate)`, off in evaluation, whose expectation in training is `f`.
     """
 
-    def __init__(self, branch: Branch, rate: float) -> None:
+    def __init__(self, rate: float) -> None:
         super().__init__()
         if not 0 <= rate < 1:
             raise ValueError(f"drop_path {rate!r} must be at least 0 and less than 1")
-        self.branch = branch
         self.rate = rate
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        """Return the branch's output, dropped per sample while training."""
-        out = self.branch(x, context)
+    def forward(self, update: Tensor) -> Tensor:
+        """Return the update `(B, ..., D)`, dropped per sample while training."""
         if not self.training or self.rate == 0:
-            return out
-        return out * keep_mask(out, 1 - self.rate) / (1 - self.rate)
+            return update
+        return update * keep_mask(update, 1 - self.rate) / (1 - self.rate)
 
-    def matrices(self) -> Sequence[Matrix]:
-        """Return the matrices of the branch inside."""
-        return self.branch.matrices()
-
-    def reset_parameters(self) -> None:
-        """Start the branch inside."""
-        self.branch.reset_parameters()
+    def returned(self, _module: nn.Module, _args: object, out: Tensor) -> Tensor:
+        """Drop what a module returns, as its forward hook."""
+        dropped: Tensor = self(out)
+        return dropped
 
     def extra_repr(self) -> str:
         """Show the rate."""
         return f"rate={self.rate:g}"
+
+
+def drop(connection: nn.Module, rate: float) -> None:
+    """Give a connection stochastic depth: what it adds is dropped, after a `norm_out` it may have.
+
+    A norm behind the addition, a gate or the |f| of deep-delta act on what is left of it. The names
+    of all tensors stay as they are.
+    """
+    connection.drop_path = DropPath(rate)
+    added = connection.get_submodule("norm_out" if hasattr(connection, "norm_out") else "branch")
+    added.register_forward_hook(connection.drop_path.returned)
 
 
 # -- named starts: how the matrices of a branch begin ------------------------------------------

@@ -17,14 +17,15 @@ import re
 import typing
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from addnorm import branches
-from addnorm.branches import STARTS, Branch, Context, DropPath, Map, Site, Wrapped
+from addnorm.branches import STARTS, Branch, Context, Map, Site, Wrapped, drop, sharded
+from addnorm.plugins import own_code
 
 Stream = Any  # a tensor (..., D) or (..., n, D), or a tuple: one stream, several, or history
 
@@ -34,7 +35,7 @@ class Group:
     """How the optimiser treats a parameter that a scheme owns."""
 
     lr: float = 1.0  # factor on the learning rate
-    weight_decay: float = 0.0  # factor on the weight decay
+    weight_decay: float | None = None  # factor on the weight decay; None: the rule for all
     eps: float = 1.0  # factor on Adam's epsilon
 
 
@@ -52,7 +53,7 @@ class Drawing(NamedTuple):
     join: str = "+"
 
 
-Law = Literal["constant", "sqrt", "geometric", "vanishing"]
+Law = Literal["constant", "sqrt", "linear", "geometric", "vanishing"]
 
 
 class Wiring(nn.Module):
@@ -112,7 +113,8 @@ class Wiring(nn.Module):
 
     def close(self, stream: Stream) -> Tensor:
         """Turn the stream into `x (..., D)`, once, at the last connection."""
-        assert isinstance(stream, Tensor)
+        if not isinstance(stream, Tensor):
+            raise ValueError(f"{self.name} has several streams and must define close(stream)")
         return stream
 
     def present(self, stream: Stream) -> Tensor:
@@ -128,9 +130,8 @@ class Wiring(nn.Module):
                 continue
             low, high = cls.limits.get(option, (-math.inf, math.inf))
             if not (low <= value <= high and math.isfinite(value)):
-                raise ValueError(
-                    f"{option}={literal(value)} of {cls.name} must be {_range(low, high)}"
-                )
+                allowed = _range(low, high) if math.isfinite(value) else "a finite number"
+                raise ValueError(f"{option}={literal(value)} of {cls.name} must be {allowed}")
 
     def gains(self) -> Mapping[str, float]:
         """Return the factors by role that the scheme puts on its branch's start."""
@@ -216,9 +217,10 @@ class Stack(nn.Module):
             branch = module if isinstance(module, Branch) else Wrapped(module)
             branch = branch.to(device=device, dtype=dtype)
             site = Site(dim, index, count, parts, norm, start, device, dtype, before, total)
+            connection = self.spec.build(branch, site)
             if drop_path:
-                branch = DropPath(branch, drop_path * site.layer / max(site.layers - 1, 1))
-            made.append(self.spec.build(branch, site))
+                drop(connection, drop_path * site.layer / max(site.layers - 1, 1))
+            made.append(connection)
         self.connections = nn.ModuleList(made)
         self.observed = False  # True: the plain loop, so that hooks see every connection
 
@@ -236,54 +238,25 @@ class Stack(nn.Module):
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Return `x (..., D)` after all connections."""
         connections = list(self)
-        mask, cache, past = (context.mask, context.cache, context.past) if context else (None,) * 3
-        context = Context(mask, cache, past or 0)  # with empty `values`
+        context = Context() if context is None else replace(context, values={})
         stream = connections[0].open(x)
-        run = Wiring.run if self.observed else type(connections[0]).run
+        run = Wiring.run if self.observed else self.spec.wiring.run
         stream = run(connections, stream, context)
         return connections[-1].close(stream)
 
     def reset_parameters(self) -> None:
-        """Start every branch and every connection again; works after the meta device."""
+        """Start every branch and every connection again; works after the meta device.
+
+        Raises `ValueError` for sharded parameters: a start fills views of whole tensors.
+        """
+        if any(sharded(parameter) for parameter in self.parameters()):
+            raise ValueError(
+                "the parameters are sharded already; call reset_parameters() before fully_shard(), "
+                "or load a state dict"
+            )
         for connection in self:
             connection.branch.reset_parameters()
             connection.reset_parameters()
-
-
-def parameter_groups(
-    model: nn.Module, weight_decay: float, every: bool = False
-) -> list[dict[str, Any]]:
-    """Split the parameters of any module into optimiser groups.
-
-    A group holds `params`, `weight_decay`, and the factors `lr_scale` and `eps_scale`.
-
-    Matrices (two axes or more) decay, vectors and scalars only with `every`; a wiring's own
-    parameters follow its `groups`. Shared parameters are listed once, frozen ones are left out.
-    """
-    own: dict[int, Group] = {}
-    for module in model.modules():
-        if isinstance(module, Wiring):
-            parameters = dict(module.named_parameters())
-            for name, group in module.groups().items():
-                if name not in parameters:
-                    raise ValueError(
-                        unknown(f"parameter in groups() of {module.name}", name, parameters)
-                    )
-                own[id(parameters[name])] = group
-    split: dict[Group, list[nn.Parameter]] = {}
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            group = own.get(id(parameter), Group(weight_decay=float(every or parameter.dim() >= 2)))
-            split.setdefault(group, []).append(parameter)
-    return [
-        {
-            "params": params,
-            "lr_scale": group.lr,
-            "eps_scale": group.eps,
-            "weight_decay": weight_decay * group.weight_decay,
-        }
-        for group, params in split.items()
-    ]
 
 
 # -- one string names a wiring everywhere ------------------------------------------------------
@@ -295,18 +268,20 @@ _WiringClass = TypeVar("_WiringClass", bound=type[Wiring])
 def register(wiring: _WiringClass) -> _WiringClass:
     """Enter a wiring in the catalogue, as a class decorator.
 
-    Raises `ValueError` when a fact is missing or one of our own wirings has its name; a wiring of
-    a user's may be defined again (a notebook, a plug-in).
+    Raises `ValueError` when a fact of a user's wiring is missing or wrong, its options cannot be
+    written in a spec, or one of our own has its name; it may be defined again (a notebook).
     """
-    facts = ("name", "equation", "paper", "year", "at_start", "stream_law", "gradient_law")
-    missing = [fact for fact in facts if not hasattr(wiring, fact)]
-    if missing:
-        raise ValueError(f"the wiring {wiring.__name__} does not state {', '.join(missing)}")
-    known = _CATALOGUE.get(wiring.name)
-    if known is not None and known.__module__.startswith("addnorm."):
-        raise ValueError(f"the wiring {wiring.name!r} exists already; choose another name")
+    if is_own(wiring):
+        from addnorm.checking import check_facts
+
+        check_facts(wiring)
     _CATALOGUE[wiring.name] = wiring
     return wiring
+
+
+def is_own(wiring: type[Wiring]) -> bool:
+    """Whether a wiring is a user's own and none of ours."""
+    return not wiring.__module__.startswith("addnorm.")
 
 
 def catalogue() -> dict[str, type[Wiring]]:
@@ -316,24 +291,44 @@ def catalogue() -> dict[str, type[Wiring]]:
     return dict(_CATALOGUE)
 
 
-def unknown(kind: str, name: str, known: Iterable[str], listed: str = "") -> str:
+def unknown(kind: str, name: str, known: Iterable[str], listed: str = "", where: str = "") -> str:
     """Return the message for an unknown name, with what was probably meant and what is known.
 
-    `listed` says what lists them where they are too many for a line.
+    `listed` says what lists them where they are too many for a line; `where` it stands.
     """
     known = list(known)
     near = difflib.get_close_matches(name, known, 1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     them = f"{listed} lists the {len(known)}" if listed else f"known: {', '.join(known) or 'none'}"
-    return f"unknown {kind} {name!r}{hint} ({them})"
+    return f"unknown {kind} {name!r}{where}{hint} ({them})"
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A wiring and its options that differ from the defaults; `str(spec)` is the canonical form."""
+    """A wiring and its options that differ from the defaults; `str(spec)` is the canonical form.
+
+    Raises `ValueError` for an unknown name or option, and a value of the wrong type or out of its
+    limits.
+    """
 
     name: str
     options: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        known = catalogue()
+        if self.name not in known:
+            raise ValueError(unknown("wiring", self.name, known, "addnorm wirings"))
+        declared = options_of(self.wiring)
+        kinds = kinds_of(self.wiring) if self.options else {}
+        options = {}
+        for key, value in self.options.items():
+            if key not in declared:
+                raise ValueError(unknown(f"option of {self.name}", key, declared))
+            value = _typed(self.name, key, value, kinds[key])
+            if value != declared[key].default:
+                options[key] = value
+        object.__setattr__(self, "options", options)
+        self.wiring.check(options)
 
     @property
     def wiring(self) -> type[Wiring]:
@@ -341,12 +336,25 @@ class Spec:
         return catalogue()[self.name]
 
     def build(self, branch: Branch, site: Site) -> Wiring:
-        """Return the wiring around `branch` at `site`."""
-        self.wiring.check(self.options)
+        """Return the wiring around `branch` at `site`, started.
+
+        Raises `ValueError` for one of a user's that fails or leaves a parameter without a start.
+        """
+        if not is_own(self.wiring):
+            made = self._make(branch, site)
+            made.reset_parameters()
+            return made
+        from addnorm.checking import start
+
+        with own_code(f"the wiring {self.name}"):
+            made = self._make(branch, site)
+            start(made)
+        return made
+
+    def _make(self, branch: Branch, site: Site) -> Wiring:
         made = self.wiring(branch, site, **self.options)
         declared = options_of(self.wiring).items()
         made.options = {name: self.options.get(name, option.default) for name, option in declared}
-        made.reset_parameters()
         return made
 
     def __str__(self) -> str:
@@ -361,6 +369,12 @@ def options_of(wiring: type[Wiring]) -> dict[str, inspect.Parameter]:
     return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
+def kinds_of(wiring: type[Wiring]) -> dict[str, Any]:
+    """Return by option its type: `int`, `float`, `bool`, `str` or a `Literal`."""
+    hints = typing.get_type_hints(wiring.__init__)
+    return {k: hints.get(k, type(option.default)) for k, option in options_of(wiring).items()}
+
+
 def split_specs(text: str) -> list[str]:
     """Split a list of specs at the commas outside parentheses: `plain,mhc(n=4, iterations=20)`."""
     return [part.strip() for part in re.split(r",(?![^()]*\))", text) if part.strip()]
@@ -372,18 +386,14 @@ def parse_spec(text: str) -> Spec:
     Values are Python literals, `true`, `false`, or a bare word for a string. Raises `ValueError`
     for what cannot be read, an unknown name or option, and a value of the wrong type.
     """
-    match = re.fullmatch(r"\s*([\w-]+)\s*(?:\((.*)\)|:(.*))?\s*", text)
+    match = re.fullmatch(rf"\s*({NAME})\s*(?:\((.*)\)|:(.*))?\s*", text)
     if match is None:
         raise ValueError(
             f"cannot read the wiring {text!r}; write name, name(option=value) or name:option=value"
+            + ("; separate options by ':'" if re.fullmatch(r"\s*\w+\s*=[^()]*", text) else "")
         )
     name, inner, shell = match.groups()
-    known = catalogue()
-    if name not in known:
-        raise ValueError(unknown("wiring", name, known, "addnorm wirings"))
     settings = inner.split(",") if inner else shell.split(":") if shell else []
-    declared = options_of(known[name])
-    hints = typing.get_type_hints(known[name].__init__)
     options: dict[str, Any] = {}
     for setting in settings:
         key, equals, value = (part.strip() for part in setting.partition("="))
@@ -391,43 +401,48 @@ def parse_spec(text: str) -> Spec:
             raise ValueError(
                 f"cannot read {setting.strip()!r} in the wiring {text!r}; write option=value"
             )
-        if key not in declared:
-            raise ValueError(unknown(f"option of {name}", key, declared))
+        if shell and re.search(r",\s*\w+\s*=", value):
+            raise ValueError(
+                f"cannot read {setting.strip()!r} in the wiring {text!r}; separate options by ':'"
+            )
         if key in options:
             raise ValueError(f"the wiring {text!r} sets {key} twice")
-        options[key] = _value(text, key, value, hints.get(key, type(declared[key].default)))
-    spec = Spec(name, {k: v for k, v in options.items() if v != declared[k].default})
-    known[name].check(spec.options)
-    return spec
+        options[key] = _read(value)
+    return Spec(name, options)
 
 
-_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
+NAME = r"[\w-]+"  # what a spec string can name
+TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
+_WORDS = {"true": True, "false": False, "nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
-def _value(text: str, key: str, value: str, kind: Any) -> Any:
-    """Read one option's value and hold it against the type that the wiring declares."""
-    words: dict[str, Any] = {"true": True, "false": False}
+def _read(value: str) -> Any:
+    """Read a value as a Python literal; what is none is a word."""
     try:
-        read = words[value] if value in words else ast.literal_eval(value)
+        return _WORDS[value] if value in _WORDS else ast.literal_eval(value)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
-        read = value
+        return value
+
+
+def _typed(name: str, key: str, value: Any, kind: Any) -> Any:
+    """Hold one option's value against the type that the wiring declares."""
     if typing.get_origin(kind) is Literal:
-        if read not in typing.get_args(kind):
-            raise ValueError(
-                unknown(f"value of {key} in {text!r}", str(read), typing.get_args(kind))
-            )
-        return read
-    if kind is float and type(read) is int and abs(read) < 2**53:
-        return float(read)
-    if type(read) is not kind:
-        raise ValueError(f"{key}={value} in the wiring {text!r} must be {_TYPES.get(kind, kind)}")
-    return read
+        known = typing.get_args(kind)
+        if value not in known:
+            where = f" of {key} in '{name}:{key}={value}'"
+            raise ValueError(unknown("value", str(value), known, where=where))
+        return value
+    if kind is float and type(value) is int and abs(value) < 2**53:
+        return float(value)
+    if type(value) is not kind:
+        word = isinstance(value, str) and _read(value) == value
+        shown = value if word else literal(value) if not isinstance(value, str) else repr(value)
+        raise ValueError(f"{key}={shown} of {name} must be {TYPES[kind]}")
+    return value
 
 
 def _range(low: float, high: float) -> str:
     """Say what numbers are allowed."""
-    if math.isinf(low) and math.isinf(high):
-        return "finite"
     if math.isinf(high):
         return f"at least {low:g}"
     return f"at most {high:g}" if math.isinf(low) else f"from {low:g} to {high:g}"

@@ -23,10 +23,10 @@ from addnorm.contract import (
     Wiring,
     catalogue,
     options_of,
-    parameter_groups,
     parse_spec,
     register,
 )
+from addnorm.groups import parameter_groups
 from addnorm.models.layers import Attention, FeedForward, FeedForwardConfig
 from addnorm.norms import NORMS as KINDS
 
@@ -380,13 +380,6 @@ def test_deepnorm_scales_both_matrices_of_the_feedforward():
     torch.testing.assert_close(scaled.out.weight, BETA * gain_1.out.weight)
 
 
-def test_deepnorm_scales_through_drop_path():
-    """Stochastic depth around a branch does not hide its matrices from the scheme."""
-    scaled = started("deepnorm", DropPath(FeedForward(8), 0.5))
-    gain_1 = started("residual", FeedForward(8), start="xavier")
-    torch.testing.assert_close(scaled.branch.out.weight, BETA * gain_1.out.weight)
-
-
 @pytest.mark.parametrize(
     ("spec", "start", "std"),
     [
@@ -443,7 +436,7 @@ def test_class_states_its_facts(name):
     assert isinstance(wiring.final_norm, bool)
     assert isinstance(wiring.verified, bool)
     assert wiring.start in STARTS
-    assert laws == ("constant", "sqrt", "geometric", "vanishing")
+    assert laws == ("constant", "sqrt", "linear", "geometric", "vanishing")
     assert wiring.stream_law in laws
     assert wiring.gradient_law in laws
     assert isinstance(wiring.expected, frozenset)
@@ -574,34 +567,48 @@ def test_stack_refuses(arguments, message):
 
 
 def test_drop_path_keeps_the_expectation():
-    """In training a sample's update is 0 or F(x) / (1 - rate), and its mean is F(x)."""
-    branch = FeedForward(DIM, HIDDEN).double()
-    dropped = DropPath(branch, 0.3).train()
+    """In training a sample's update is 0 or f / (1 - rate), and its mean is f."""
     x = stream(1, 2).expand(20_000, 2, DIM)
-    full, got = branch(x[:1], None)[0], dropped(x, None)
-    ratio = got / full  # (samples, tokens, D)
-    per_sample = ratio[:, 0, 0]
-    torch.testing.assert_close(ratio, per_sample[:, None, None].expand_as(ratio))
+    per_sample = (DropPath(0.3).train()(x) / x)[:, 0, 0]
+    ratio = DropPath(0.3).eval()(x) / x
+    torch.testing.assert_close(ratio, torch.ones_like(ratio))
     kept = per_sample != 0
     torch.testing.assert_close(per_sample[kept], torch.full_like(per_sample[kept], 1 / 0.7))
     assert per_sample.mean().item() == pytest.approx(1, abs=4 * (0.3 / 0.7 / 20_000) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    "spec", ["prenorm", "sandwich", "peri", "reordered", "rezero", "layerscale", "hyper", "mhc"]
+)
+def test_what_is_added_keeps_its_expectation(spec):
+    """Where the sum is linear in the update, the mean over draws is what evaluation gives.
+
+    The norm behind a branch stands before the drop, or it would take the rescaling back.
+    """
+    one = randomised(stack(spec, 2, drop_path=0.5))
+    x = stream(1, 2)
+    draws = one.train()(x.expand(4000, 2, DIM)).detach()
+    whole = one.eval()(x).detach()
+    spread = draws.std(0) / 4000**0.5
+    assert ((draws.mean(0) - whole[0]).abs() < 5 * spread + 1e-9).all()
+    assert (spread > 0).all()
 
 
 @each_spec
 def test_drop_path_is_off_in_evaluation(spec):
     """In evaluation a stack with stochastic depth is the stack without, and in training not."""
     dropped = randomised(stack(spec, drop_path=0.5))
-    full = copy.deepcopy(dropped)
-    for connection in full:
-        connection.branch = connection.branch.branch
+    full = randomised(stack(spec))
+    full.load_state_dict(dropped.state_dict())  # and its tensors have the same names
     x = stream(64, 3)
     assert torch.equal(dropped.eval()(x), full.eval()(x))
     assert not torch.equal(dropped.train()(x), full.train()(x))
+    assert not torch.equal(copy.deepcopy(dropped)(x), full(x))
 
 
 def test_drop_path_rises_linearly():
     """The rate rises linearly from 0 at the first connection to `drop_path` at the last."""
-    rates = [connection.branch.rate for connection in stack("prenorm", 5, drop_path=0.4)]
+    rates = [connection.drop_path.rate for connection in stack("prenorm", 5, drop_path=0.4)]
     assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
 
 

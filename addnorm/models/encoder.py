@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from addnorm.branches import Context
-from addnorm.contract import parameter_groups, parse_spec
+from addnorm.contract import parse_spec
+from addnorm.groups import parameter_groups
 from addnorm.models.layers import (
     ATTENTION_PATHS,
     Activation,
@@ -55,6 +56,8 @@ class EncoderConfig:
     """whether a norm follows the stack; auto: where the wiring needs one"""
     dropout: float = 0.0
     """dropout on the output of every branch, never on the stream"""
+    drop_path: float = 0.0
+    """stochastic depth in the last layer, rising linearly from 0 in the first"""
     start: str = ""
     """a named start of the branches in place of the one the wiring asks for"""
     vocab_size: int = 0
@@ -203,14 +206,19 @@ def from_torch_layers(layers: Layers) -> Encoder:
     """Return an encoder of vectors that equals layers of `torch.nn`, with their weights.
 
     It has no positions of its own, and no head; a final norm where the `nn.TransformerEncoder` has
-    one, none for a list. It reads `(B, T, D)` whatever `batch_first` says. In training its dropout
-    falls where theirs does, but draws other numbers. Device and dtype are theirs. Raises
-    `ValueError` as `load_torch_layers`.
+    one, none for a list. The outputs are equal in eval mode, or without dropout; in training its
+    dropout falls where theirs does, but draws other numbers. Mode, device and dtype are theirs.
+    Raises `ValueError` for layers that read `(T, B, D)`, and as `load_torch_layers`.
     """
     rows, norm = _rows(layers)
     facts, first = _facts(rows[0]), rows[0]
     if unknown := [name for name, value in facts.items() if value is None]:
         raise ValueError(f"no option of an encoder is what the layers have: {', '.join(unknown)}")
+    if not all(row.self_attn.batch_first for row in rows):
+        raise ValueError(
+            "the layers read (T, B, D) and an encoder (B, T, D): make them with batch_first=True, "
+            "or set self_attn.batch_first of each to True, which changes no weight"
+        )
     config = EncoderConfig(
         depth=len(rows),
         dim=facts["dim"],

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from addnorm.branches import Context
-from addnorm.contract import parameter_groups
+from addnorm.groups import parameter_groups
 from addnorm.models.layers import (
     ATTENTION_PATHS,
     Attention,
@@ -48,6 +48,8 @@ class GPTConfig:
     """the norm wherever the wiring or a branch has one"""
     dropout: float = 0.0
     """dropout on the output of every branch, never on the stream"""
+    drop_path: float = 0.0
+    """stochastic depth in the last layer, rising linearly from 0 in the first"""
     tied: bool = False
     """whether the head shares the token embedding's weight"""
     start: str = ""

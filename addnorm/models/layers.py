@@ -611,6 +611,10 @@ class TransformerConfig(Protocol):
         """Rate on the output of every branch."""
 
     @property
+    def drop_path(self) -> float:
+        """Rate of stochastic depth in the last layer."""
+
+    @property
     def start(self) -> str:
         """A named start, or none."""
 
@@ -654,6 +658,7 @@ def check_transformer(config: TransformerConfig) -> None:
     check_attention(config.dim, config.heads, config.attention, rotary)
     hidden_width(config.dim, config.feedforward)
     check_rate("dropout", config.dropout)
+    check_rate("drop_path", config.drop_path)
     if config.norm not in NORMS:
         raise ValueError(unknown("norm", config.norm, NORMS))
 
@@ -692,7 +697,10 @@ def build_stack(config: TransformerConfig, *, causal: bool, parallel: bool = Fal
         both = (attention, feedforward)
         branches += [Parallel(*both)] if parallel else both
     parts = 1 if parallel else 2
-    return Stack(branches, config.wiring, dim=D, parts=parts, norm=norm, start=config.start)
+    return Stack(
+        branches, config.wiring, dim=D, parts=parts, norm=norm, start=config.start,
+        drop_path=config.drop_path,
+    )  # fmt: skip
 
 
 def start_ends(

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from addnorm import branches
 from addnorm.branches import STARTS, Branch, Context, Matrix
-from addnorm.contract import Stack, parameter_groups, unknown
+from addnorm.contract import Stack, unknown
+from addnorm.groups import parameter_groups
 from addnorm.models.layers import ACTIVATIONS
 from addnorm.norms import BATCH_NORMS, BatchNormName
 

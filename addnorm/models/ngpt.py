@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from addnorm.branches import Branch, Context, Matrix
-from addnorm.contract import parameter_groups
+from addnorm.groups import parameter_groups
 from addnorm.models.layers import ATTENTION_PATHS, AttentionPath, attend, check_heads, with_past
 
 

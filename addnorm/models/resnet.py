@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from addnorm import branches
-from addnorm.branches import STARTS, Branch, Context, DropPath, Matrix, Site
-from addnorm.contract import Stack, Wiring, options_of, parameter_groups, parse_spec, unknown
+from addnorm.branches import STARTS, Branch, Context, Matrix, Site, drop
+from addnorm.contract import Stack, Wiring, options_of, parse_spec, unknown
+from addnorm.groups import parameter_groups
 from addnorm.norms import BATCH_NORMS, BatchNormName
 
 BlockName = Literal["", "basic", "bottleneck"]
@@ -439,16 +440,17 @@ class ResNet(nn.Module):
 
         def change(place: int, inputs: int, stride: int) -> Change:
             site = Site(outputs, place, total, norm=norm, start=config.start)
-            branch: Branch = unit(inputs, stride, "")
-            if config.drop_path:
-                branch = DropPath(branch, config.drop_path * place / max(total - 1, 1))
+            branch = unit(inputs, stride, "")
             shortcut: nn.Module | None = None
             if p.skips and p.shortcut == "A":
                 shortcut = Subsample(inputs, outputs, stride)
             elif p.skips:
                 shortcut = Projection(inputs, outputs, stride, norm if p.original else None)
             lead = norm(inputs) if not p.original and place else None  # the stem activates
-            return Change(branch, shortcut, site, lead=lead, act=p.act)
+            joint = Change(branch, shortcut, site, lead=lead, act=p.act)
+            if config.drop_path:
+                drop(joint, config.drop_path * place / max(total - 1, 1))
+            return joint
 
         made: list[nn.Module] = []
         if p.shortcut == "C":
@@ -574,7 +576,6 @@ class ResNet(nn.Module):
 def unit_of(joint: Change | Wiring) -> Unit:
     """Return the unit inside a connection, or inside one that changes the width."""
     branch = joint.branch
-    branch = branch.branch if isinstance(branch, DropPath) else branch
     assert isinstance(branch, Unit)
     return branch
 

@@ -7,7 +7,7 @@ known network, and, where its authors state one, the recipe it was trained by.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -114,7 +114,27 @@ def network(name: str) -> tuple[str, Any]:
         return preset.kind, KINDS[preset.kind].config(**preset.shape)
     if name in KINDS:
         return name, KINDS[name].config(**KINDS[name].shape)
-    raise ValueError(unknown("model", name, [*KINDS, *PRESETS]))
+    raise ValueError(unknown_network("model", name, [*KINDS, *PRESETS]))
+
+
+def unknown_network(what: str, name: str, known: Iterable[str]) -> str:
+    """Return the message for an unknown `what`; of names that end in a number the nearest is meant.
+
+    `resnet21` is nearer to resnet20 than to resnet32, which shares as many letters.
+    """
+    known = list(known)
+    stem, number = _numbered(name)
+    near = {other: _numbered(other)[1] for other in known if _numbered(other)[0] == stem}
+    if not number or not any(near.values()):
+        return unknown(what, name, known)
+    meant = min((n for n in near if near[n]), key=lambda n: abs(int(near[n]) - int(number)))
+    return f"unknown {what} {name!r}; did you mean {meant!r}? (known: {', '.join(known)})"
+
+
+def _numbered(name: str) -> tuple[str, str]:
+    """Split a name into what stands before the number at its end, and the number."""
+    stem = name.rstrip("0123456789")
+    return stem, name[len(stem) :]
 
 
 def build(name: str, **changes: Any) -> nn.Module:

@@ -58,6 +58,7 @@ WORDS = {
     "default": {"en": "default", "zh": "默认"},
     "constant": {"en": "level over depth", "zh": "不随深度变化"},
     "sqrt": {"en": "as the square root of the depth", "zh": "与深度的平方根成正比"},
+    "linear": {"en": "as the depth", "zh": "与深度成正比"},
     "geometric": {"en": "grows by a factor at each connection", "zh": "每过一个连接按倍数增大"},
     "vanishing": {"en": "falls by a factor at each connection", "zh": "每过一个连接按倍数减小"},
     "per token": {
@@ -66,6 +67,13 @@ WORDS = {
     },
 }
 COSTS = ("parameters", "flops", "traffic")
+LAWS = {  # in a cell of the overview
+    "constant": {"en": "level", "zh": "不变"},
+    "sqrt": {"en": "sqrt", "zh": "平方根"},
+    "linear": {"en": "linear", "zh": "线性"},
+    "geometric": {"en": "grows", "zh": "倍增"},
+    "vanishing": {"en": "falls", "zh": "倍减"},
+}
 
 
 def print_list(console: Console, rows: Sequence[Mapping[str, Any]], lang: str) -> None:
@@ -98,8 +106,11 @@ def print_one(console: Console, row: Mapping[str, Any], lang: str) -> None:
     family = _word(row["family"], lang)
     console.print(Text.assemble((row["spec"], "bold"), "   ", (family, "dim")))
     console.print(f"\n{text_of(row, 'equation', lang)}\n", markup=False, highlight=False)
-    console.print(row["diagram"], markup=False, highlight=False, no_wrap=True, soft_wrap=True)
-    console.print(f"\n{text_of(row, 'about', lang)}\n", markup=False, highlight=False)
+    if row["diagram"]:
+        console.print(row["diagram"], markup=False, highlight=False, no_wrap=True, soft_wrap=True)
+        console.print()
+    if row["about"]:
+        console.print(f"{text_of(row, 'about', lang)}\n", markup=False, highlight=False)
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
@@ -126,6 +137,7 @@ def facts_in_words(row: Mapping[str, Any], lang: str) -> list[tuple[str, str]]:
     """Return the facts of a wiring that say something, each with its name; costs aside."""
     cited = f" [{row['cite']}]" if row["cite"] else ""
     options = (_option(name, option, lang) for name, option in row["options"].items())
+    own = row["verified"] is None
     facts = {
         "source": f"{row['paper']}{cited}",
         "options": ("; " if lang == "en" else "；").join(options),
@@ -136,7 +148,7 @@ def facts_in_words(row: Mapping[str, Any], lang: str) -> list[tuple[str, str]]:
         "gradient": _word(row["gradient_law"], lang),
         "asks": ", ".join(f"{name}={value}" for name, value in row["asks"].items()),
         "ships": text_of(row, "ships", lang),
-        "verified": _word("yes" if row["verified"] else "no", lang),
+        "verified": "" if own else _word("yes" if row["verified"] else "no", lang),
     }
     return [(_word(name, lang), value) for name, value in facts.items() if value]
 
@@ -157,6 +169,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], lang: str) -> str:
         rows=rows,
         families=[(_word(family, lang), members) for family, members in _families(rows)],
         facts=lambda row: facts_in_words(row, lang),
+        law=lambda name: LAWS[name][lang],
         text=lambda row, fact: text_of(row, fact, lang),
         costs=lambda row: [
             (_word(name, lang), _in_words(row["cost"][name], lang)) for name in COSTS

@@ -88,8 +88,8 @@ class UNet(Wiring):
     year = 2024
     at_start = "x + F(N(x)), and x + s before"
     final_norm = True
-    stream_law = "sqrt"
-    gradient_law = "sqrt"
+    stream_law = "linear"
+    gradient_law = "linear"
     drawing = Drawing(read="N", skip="+ w s", stream="x, s..")
     ships = "modded-nanogpt (2024), parameter-golf"
 
@@ -241,15 +241,16 @@ class DepthAttention(nn.Module):
 
     def forward(self, sources: tuple[Tensor, ...]) -> Tensor:
         """Return h."""
-        w = wide(self.query) * wide(self.gain)
-        scores = [self.score(wide(v), w) for v in sources]  # S of (...)
+        w = wide(self.query) * self.gain
+        scores = [self.score(v, w) for v in sources]  # S of (...)
         p = torch.stack(scores, -1).softmax(-1).to(sources[0].dtype)  # (..., S)
         return sum_of(q * v for q, v in zip(torch.split(p, 1, -1), sources, strict=True))
 
     @staticmethod
     def score(v: Tensor, w: Tensor) -> Tensor:
-        """Return w . RMSNorm(v)."""
-        return (v * w).sum(-1) * torch.rsqrt(v.square().mean(-1) + 1e-6)
+        """Return w . RMSNorm(v), without a wide copy of v, which autograd would keep each time."""
+        length = torch.linalg.vector_norm(v, dim=-1, dtype=w.dtype)
+        return (v * w).sum(-1) * torch.rsqrt(length.square() / v.shape[-1] + 1e-6)
 
     def reset_parameters(self) -> None:
         """Start w at 0 and the gain at 1."""

@@ -190,9 +190,7 @@ class CompleteP(Wiring):
     def groups(self) -> Mapping[str, Group]:
         """Scale the rate and the epsilon of every parameter of the layer by its depth."""
         lr = self.depth_ratio ** (self.exponent - 1)
-        return {
-            n: Group(lr, float(p.dim() >= 2), eps=self.scale) for n, p in self.named_parameters()
-        }
+        return {n: Group(lr, eps=self.scale) for n, _ in self.named_parameters()}
 
 
 @register
@@ -389,10 +387,10 @@ class Orthogonal(Wiring):
 
     def forward(self, stream: Tensor, context: Context) -> Tensor:
         """Return x + f - (f.x / (x.x + eps)) x."""
-        x = stream
-        f = self.branch(self.norm_in(x), context)
+        x = wide(stream)  # 16 bits cannot hold x.x
+        f = wide(self.branch(self.norm_in(stream), context))
         along = (f * x).sum(-1, keepdim=True) / (x.square().sum(-1, keepdim=True) + 1e-6)
-        return x + f - along * x
+        return (x + f - along * x).to(stream.dtype)
 
 
 # -- the shortcut zoo: He et al. 2016 (arXiv:1603.05027), figures 2 and 4 -----------------------

@@ -162,8 +162,8 @@ class Hyper(Streams):
         return {"out": math.sqrt(self.n)}
 
     def groups(self) -> Mapping[str, Group]:
-        """The static mix does not decay, although it has two axes."""
-        return {"mix": Group(weight_decay=0.0)}
+        """The static maps do not decay, whatever their axes."""
+        return dict.fromkeys(("read", "mix", "write"), Group(weight_decay=0.0))
 
     def reset_parameters(self) -> None:
         """Start as one stream that is read and n that are written."""
@@ -230,8 +230,8 @@ class Frac(Wiring):
         return wide(self.read) + s * one, wide(self.mix) + s * two, B
 
     def groups(self) -> Mapping[str, Group]:
-        """The static maps do not decay, although they have two axes."""
-        return {"read": Group(weight_decay=0.0), "mix": Group(weight_decay=0.0)}
+        """The static maps do not decay, whatever their axes."""
+        return dict.fromkeys(("read", "mix", "write"), Group(weight_decay=0.0))
 
     def reset_parameters(self) -> None:
         """Start as one stream."""
@@ -321,7 +321,8 @@ class MHC(Streams):
 
     The first and the last connection have no H_res: on n equal streams, and before their mean, a
     doubly stochastic matrix changes nothing. After 20 iterations H_res is that to 1e-6 for logits
-    near 1 and to 1e-2 for logits near 8.
+    near 1 and to 1e-2 for logits near 8. With this eps the gradient of a token of zeros is of the
+    order 1e10 alpha phi: finite in float32 and bfloat16, not in float16.
     """
 
     name = "mhc"
@@ -488,7 +489,7 @@ class MHCLite(Streams):
         sizes = (n, n, math.factorial(n)) if self.mixes else (n, n)
         self.generate = Generator(site, n, sizes, 1e-20)
         empty = torch.empty(math.factorial(n), n, n, device=site.device, dtype=site.dtype)
-        self.register_buffer("permutations", empty, persistent=False)
+        self.register_buffer("permutations", empty)  # saved, or loading after meta would miss it
 
     def forward(self, stream: Tensor, context: Context) -> Tensor:
         """Return H_res X + h_post f."""
@@ -674,13 +675,15 @@ class Reversible(Wiring):
     Gomez et al. 2017, RevNet (arXiv:1707.04585), equations 6 and 7; Kitaev et al. 2020, Reformer
     (arXiv:2001.04451), section 3: y1 = x1 + F(x2), y2 = x2 + G(y1). a and b start as copies of x
     and end as their mean. In training the stack keeps no activations: on the way back each
-    connection inverts itself, so activation memory does not grow with depth, for one more forward
-    pass and some rounding (float32: gradients to 1e-5; bfloat16: twice the usual error). It takes
+    connection inverts itself, so activation memory does not grow with depth (but for 5 KB, the state
+    of the generator, where a branch draws random numbers), for one more forward pass and some
+    rounding (float32: gradients to 1e-5; bfloat16: twice the usual error). It takes
     the plain path under the compiler, where no gradient is recorded, with a key-value cache, under
     torch.func's transforms, and for parameters sharded by FSDP2. A branch runs twice a step: one
     that counts its calls (batch norm's running statistics) counts both, one that leaves values for
     later branches is refused, and a tensor that it holds beside its parameters gets no gradient.
-    Under DDP all gradients arrive at once, at the end.
+    Under DDP all gradients arrive at once, at the end. Forward-mode differentiation and a second
+    backward pass are refused by autograd; with `stack.observed = True` the plain loop does both.
     """
 
     name = "reversible"
@@ -765,7 +768,10 @@ class _Inverted(torch.autograd.Function):
             ctx.autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         ctx.random = []
         for connection in connections:
-            ctx.random.append((torch.get_rng_state(), *get_device_states(a)))
+            states = (torch.get_rng_state(), *get_device_states(a))
+            if ctx.random and _equal(states, ctx.random[-1]):
+                states = ctx.random[-1]  # where nothing is drawn, one copy for all
+            ctx.random.append(states)
             pair = connection(pair, context)
         ctx.save_for_backward(*pair, *parameters)
         return pair
@@ -794,6 +800,11 @@ class _Inverted(torch.autograd.Function):
             grad_a, grad_b = grad_b, grad_a if through is None else grad_a + through
             a, b = b - f.detach(), a.detach()
         return None, None, None, grad_a, grad_b, *found
+
+
+def _equal(states: Any, others: Any) -> bool:
+    """Whether two states of the generators, (CPU, devices, of each device), are the same."""
+    return all(map(torch.equal, (states[0], *states[2]), (others[0], *others[2])))
 
 
 @contextlib.contextmanager
