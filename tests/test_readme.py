@@ -86,7 +86,9 @@ def test_the_shell_blocks_run(here, capsys):
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_every_wiring_of_ours_stands_in_the_table_of_families(language):
     text = (ROOT / language).read_text(encoding="utf-8")
-    section = text[text.index("`rezero`") - 2000 : text.index("`reversible`") + 20]
+    section = text[
+        text.rindex("\n## ", 0, text.index("`rezero`")) : text.index("`reversible`") + 20
+    ]
     rows = [
         re.findall(r"`([\w-]+)`", row)
         for row in re.findall(r"^\| [^|]*\| (`.*) \|$", section, re.M)
