@@ -49,8 +49,8 @@ def rewire(model: Model, wiring: str) -> Rewired[Model]:
 
     Kept are tensors of the same name and shape: the branches, what lies outside the stack, such as
     embeddings, head and final norm, and the norms that stand in the same place of a connection
-    (`norm_in`, `norm_out`, `norm`). What else a wiring has learned keeps its meaning only under an
-    equation that is the same. The rest starts as the new wiring does.
+    (`norm_in`, `norm_out`, `norm`). What else a wiring has learned keeps its meaning only under the
+    same equation with the same options. The rest starts as the new wiring does.
 
     Kept weights are not rescaled: where a scheme starts its branches differently, as DeepNorm with
     its beta, the new model has the branches of the old one and not that start. Device, dtype,
@@ -67,7 +67,8 @@ def rewire(model: Model, wiring: str) -> Rewired[Model]:
     new = type(model)(changed)
     _like(new, model)
     prefix, stack = _stack_of(new)
-    alike = was.wiring.equation == stack.spec.wiring.equation
+    now = stack.spec
+    alike = (was.wiring.equation, was.options) == (now.wiring.equation, now.options)
     old, tensors = model.state_dict(), new.state_dict()
     kept = {
         name: tensor

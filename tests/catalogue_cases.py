@@ -91,11 +91,12 @@ def small(name, depth=2, dim=16, **options):
 
 def kept(model, x):
     """Return the bytes that a forward pass keeps for the backward one, parameters left out."""
-    own, total = {p.data_ptr() for p in model.parameters()}, {}
+    own, total = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
     def note(tensor):
-        if tensor.data_ptr() not in own:
-            total[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            total[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):

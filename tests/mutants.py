@@ -5,7 +5,7 @@
 
 Every function of `addnorm/wirings/*.py`, and what drops paths, is taken apart as a syntax tree. Each
 operator, constant, axis, comparison, condition, pair of arguments or returned values and each
-statement that is a call is changed by rule, one at a time: nothing is chosen by hand. Left alone is
+statement that is a call is changed by rule, each `with` and each decorator of ours left out, one at a time: nothing is chosen by hand. Left alone is
 what is no formula: texts, types, asserts, raises, `strict=` of zip, calls into torch.cuda.
 
 A mutant is killed when one row of the tests that names its wiring goes red: rows of
@@ -47,6 +47,7 @@ SOURCES = {  # file: the functions to mutate, None for all
     "../branches.py": ["keep_mask", "DropPath", "drop"],
 }
 NAMED = ("forward", "open", "close", "reset_parameters")  # counted by themselves as well
+UNDECORATED = "undecorated"  # the rule that leaves a decorator out
 MOST = 0.02  # of the mutants may survive
 SECONDS = 60  # that one row may take, then it counts as killed
 # Rows that hold the code against itself, or only ask whether it learns; each takes seconds. They
@@ -56,6 +57,8 @@ AGAINST_ITSELF = {
     "test_exported_program_gives_the_same",
     "test_checkpointed_gradients_are_the_same",
     "test_short_training_lowers_the_loss",
+    "test_stack_runs_wrapped_connections",
+    "test_stack_under_torch_func",
 }
 GIBIBYTES = 8  # of address space that a mutant may take
 
@@ -254,8 +257,9 @@ UNORDERED = ("max", "min")
 
 def mutants_of(path, only=None):
     """Yield every mutant of the functions of a file, or of those named, in the file's order."""
-    text = path.read_text(encoding="utf-8")
-    for top in ast.parse(text).body:
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    ours = {top.name for top in body if isinstance(top, ast.FunctionDef)}
+    for top in body:
         if only is not None and getattr(top, "name", None) not in only:
             continue
         if isinstance(top, ast.FunctionDef):
@@ -264,7 +268,16 @@ def mutants_of(path, only=None):
             for function in top.body:
                 if isinstance(function, ast.FunctionDef):
                     place = f"{top.name}.{function.name}"
+                    yield from undecorated(path.name, place, function, ours)
                     yield from mutants_of_function(path.name, place, function)
+
+
+def undecorated(file, place, function, ours):
+    """Yield a mutant for each decorator that is a function of the same file."""
+    for decorator in function.decorator_list:
+        if names_in(decorator) & ours:
+            before, source = f"@{ast.unparse(decorator)}", ast.unparse(function)
+            yield Mutant(file, decorator.lineno, place, UNDECORATED, before, "", source)
 
 
 def mutants_of_function(file, place, function):
@@ -397,6 +410,8 @@ def replacements(node, parent, name):
                 yield "swap", ast.Call(func, arguments[::-1], keywords)
         case ast.Tuple(elements) if isinstance(parent, ast.Return | ast.Assign | ast.IfExp):
             yield "swap", ast.Tuple(elements[::-1], node.ctx)
+        case ast.With(body=body):
+            yield "context", ast.If(ast.Constant(value=True), body, [])
         case ast.Expr(ast.Call()) | ast.AugAssign():
             yield "delete", ast.Pass()
         case ast.Assign([ast.Subscript()]):
@@ -473,6 +488,14 @@ def install(mutant, live):
     """Put the changed code into the live functions."""
     targets = live[mutant.file, mutant.place]
     assert targets, f"{mutant.place} is not alive"
+    if mutant.operator == UNDECORATED:
+        scope = {}
+        exec("def around(method):\n    return lambda self, x: method(self, x)", scope)
+        bare = scope["around"](None).__code__
+        for thing in gc.get_objects():  # the wrapper keeps its place and calls the method alone
+            if type(thing) is types.FunctionType and vars(thing).get("__wrapped__") in targets:
+                thing.__code__ = bare
+        return
     codes = compiled(mutant.place, mutant.source)
     free = targets[0].__code__.co_freevars
     if codes[mutant.place].co_freevars != free:

@@ -485,27 +485,27 @@ def sinkhorn(logits, iterations):
     return M
 
 
-def mhc_family(x, stack, n, mixing, size):
-    """`mixing(values)` is the matrix of a connection in the middle; the ends have none."""
+def mhc_family(x, stack, n, mixing, size, everywhere):
+    """`mixing(values)` is the matrix of a connection; the ends have one only `everywhere`."""
     X = [x] * n
     for c in stack:
-        middle = 0 < c.index < c.K - 1
-        sizes = (n, n, size) if middle else (n, n)
+        mixes = everywhere or 0 < c.index < c.K - 1
+        sizes = (n, n, size) if mixes else (n, n)
         pre, post, *res = generated(c.p, "generate", X, sizes, 1e-20)
         f = c.F(c.N("norm_in", dot([sigma(value) for value in pre], X)))
-        X = matrix_times(mixing(res[0]), X) if middle else X
+        X = matrix_times(mixing(res[0]), X) if mixes else X
         X = [row + 2 * sigma(value) * f for row, value in zip(X, post, strict=True)]
     return sum(X) / n
 
 
-def mhc(x, stack, n=4, iterations=20):
+def mhc(x, stack, n=4, iterations=20, everywhere=False):
     def mixing(values):
         return sinkhorn([values[i * n : (i + 1) * n] for i in range(n)], iterations)
 
-    return mhc_family(x, stack, n, mixing, n * n)
+    return mhc_family(x, stack, n, mixing, n * n, everywhere)
 
 
-def mhc_lite(x, stack, n=4):
+def mhc_lite(x, stack, n=4, everywhere=False):
     orders = list(itertools.permutations(range(n)))
 
     def mixing(values):
@@ -517,10 +517,10 @@ def mhc_lite(x, stack, n=4):
                 H[i][j] = H[i][j] + weight / total
         return H
 
-    return mhc_family(x, stack, n, mixing, len(orders))
+    return mhc_family(x, stack, n, mixing, len(orders), everywhere)
 
 
-def krom(x, stack, n=4):
+def krom(x, stack, n=4, everywhere=False):
     bits = n.bit_length() - 1
 
     def mixing(values):
@@ -535,7 +535,7 @@ def krom(x, stack, n=4):
 
         return [[entry(i, j) for j in range(n)] for i in range(n)]
 
-    return mhc_family(x, stack, n, mixing, 2 * bits)
+    return mhc_family(x, stack, n, mixing, 2 * bits, everywhere)
 
 
 def ihc(x, stack, n=4):
@@ -579,13 +579,14 @@ def near_identity_factors(n):
     )
 
 
-def mhc_v4(x, stack, n=4, alpha=None, bias=None):
+def mhc_v4(x, stack, n=4, alpha=None, bias=None, everywhere=False):
     X = [x] * n
     for c in stack:
-        sizes = (n, n, n * n) if c.index else (n, n)
+        mixes = everywhere or c.index
+        sizes = (n, n, n * n) if mixes else (n, n)
         pre, post, *comb = generated(c.p, "generate", X, sizes, 1e-6, alpha, bias)
         f = c.F(c.N("norm_in", dot([sigma(value) + 1e-6 for value in pre], X)))
-        if c.index:
+        if mixes:
             C = deepseek_sinkhorn([comb[0][i * n : (i + 1) * n] for i in range(n)])
             X = [sum(C[j][k] * X[j] for j in range(n)) for k in range(n)]
         X = [row + 2 * sigma(value) * f for row, value in zip(X, post, strict=True)]

@@ -1,5 +1,6 @@
 """What holds for every wiring of the catalogue: what it reaches, keeps apart, saves and learns."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from catalogue_cases import close, each_wiring, small
@@ -53,12 +54,30 @@ def test_the_future_does_not_influence_the_past(name):
 
 @each_wiring
 def test_state_dict_makes_the_round_trip(name):
-    """It holds the parameters, nothing else."""
+    """It holds the parameters, and of mhc-lite its table of permutations, nothing else."""
     model, other = randomised(small(name)).eval(), small(name).eval()
-    assert set(model.state_dict()) == {key for key, _ in model.named_parameters()}
+    known = {key for key, _ in (*model.named_parameters(), *model.named_buffers())}
+    assert set(model.state_dict()) == known
+    assert all("permutations" in key for key, _ in model.named_buffers())
     other.load_state_dict(model.state_dict())
     x = torch.randn(2, 3, 16)
     assert torch.equal(model(x), other(x))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@each_wiring
+def test_state_dict_fills_a_model_made_on_the_meta_device(name, assign):
+    """What a state dict does not fill stays garbage."""
+    model = small(name).eval()
+    with torch.device("meta"):
+        late = small(name).eval()
+    if not assign:
+        late = late.to_empty(device="cpu")
+        for tensor in (*late.parameters(), *late.buffers()):
+            tensor.detach().fill_(float("nan"))
+    late.load_state_dict(model.state_dict(), assign=assign)
+    x = torch.randn(2, 3, 16)
+    assert torch.equal(late(x), model(x))
 
 
 @each_wiring

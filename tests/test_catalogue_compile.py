@@ -5,7 +5,8 @@ import functools
 import pytest
 import torch
 from catalogue_cases import STOCHASTIC, close, each_wiring, small
-from test_wirings import randomised, stack, stream
+from test_wirings import OURS, randomised, stack, stream
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint
 
 from addnorm.branches import Context
@@ -79,3 +80,44 @@ def test_observed_stack_gives_the_same(name):
         results.append([y, *torch.autograd.grad(y.square().sum(), [x, *model.parameters()])])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+
+
+WRAPPED = ["prenorm", "resi-dual", "inject", "attnres", "mhc-v4", "gated-residual", "reversible"]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's own, under compile
+@pytest.mark.parametrize("wrapper", ["checkpoint", "compile"])
+@pytest.mark.parametrize("name", WRAPPED)
+def test_stack_runs_wrapped_connections(name, wrapper):
+    """`stack.connections[i] = checkpoint_wrapper(c)` or `torch.compile(c)` is the same function."""
+    torch._dynamo.reset()
+    model = randomised(small(name, dtype=torch.float64), 0.3).eval()
+    x = stream(2, 3, dim=16)
+    results = []
+    for wrapped in (False, True):
+        if wrapped:
+            for i, connection in enumerate(list(model)):
+                model.connections[i] = (
+                    checkpoint_wrapper(connection)
+                    if wrapper == "checkpoint"
+                    else torch.compile(connection, backend="eager")
+                )
+        y = model(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *model.parameters()])])
+    assert model.final_norm == OURS[name].final_norm
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own
+@pytest.mark.parametrize("name", WRAPPED)
+def test_stack_under_torch_func(name):
+    """vmap over a batch, a forward derivative and a gradient, all of torch.func."""
+    model = randomised(stack(name), 0.3).eval()
+    x, t = stream(2, 3).detach(), stream(2, 3).detach()
+    torch.testing.assert_close(torch.func.vmap(model)(x), model(x), rtol=1e-9, atol=1e-10)
+    y, slope = torch.func.jvp(model, (x,), (t,))
+    torch.testing.assert_close(y, model(x), rtol=1e-9, atol=1e-10)
+    weights = torch.randn_like(y)
+    gradient = torch.func.grad(lambda x: (model(x) * weights).sum())(x)
+    torch.testing.assert_close((slope * weights).sum(), (gradient * t).sum())

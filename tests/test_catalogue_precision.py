@@ -4,11 +4,14 @@ import copy
 
 import pytest
 import torch
-from catalogue_cases import each_wiring, small
+from catalogue_cases import each_wiring, one, small
 from test_wirings import randomised, stack, stream
 from torch import nn
 
+from addnorm.branches import Context, Site
+from addnorm.models.layers import FeedForward
 from addnorm.norms import NORMS
+from addnorm.wirings.memory import DepthAttention
 
 
 @each_wiring
@@ -59,3 +62,66 @@ def test_float32_is_near_float64(name):
     low = copy.deepcopy(model).float()(x.float())
     assert low.dtype == torch.float32
     assert (low - model(x)).norm() < 1e-4 * model(x).norm()
+
+
+@pytest.mark.parametrize("bits", [16, 32])
+@pytest.mark.parametrize(
+    "spec",
+    ["mhc", "mhc-v4", "mhc-lite", "ihc", "krom", "hyper", "hyper(dynamic=false)", "frac"],
+)
+def test_mixing_coefficients_are_those_of_float32(spec, bits):
+    """Bit by bit, inside autocast and outside, also in a model of bfloat16."""
+    wiring = randomised(one(spec, dim=16, index=2, count=5).float())
+    wiring = wiring.bfloat16().float() if bits == 16 else wiring
+    low = copy.deepcopy(wiring).bfloat16() if bits == 16 else wiring
+    X = torch.randn(3, 4, 4 if spec == "frac" else 16)
+    X = X.bfloat16() if bits == 16 else X
+    results = []
+    for model, x, inside in ((wiring, X.float(), False), (low, X, True)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            if hasattr(model, "maps"):
+                maps = model.maps(x)
+            else:
+                maps = model.generate(x)
+                if spec == "mhc-lite":
+                    maps = (*maps, model.permute(maps[2].softmax(-1)))
+        results.append(maps)
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.dtype == theirs.dtype == torch.float32
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["mhc", "mhc-v4", "mhc-lite", "ihc", "krom", "hyper"])
+def test_streams_are_mixed_outside_autocast(name):
+    """Distinct streams under random maps and a branch of 0: bit by bit what is outside."""
+    wiring = randomised(one(name, FeedForward(16), dim=16, index=2, count=5).float())
+    for parameter in wiring.branch.parameters():
+        nn.init.zeros_(parameter)
+    X = torch.randn(3, 4, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = wiring(X, Context())
+    assert torch.equal(low, wiring(X, Context()))
+
+
+def test_attention_over_depth_scores_16_bits_in_float32():
+    """Its weights and those of the same numbers in float32 differ by the rounding of the result."""
+    read = randomised(DepthAttention(Site(64)), 0.5).bfloat16()
+    sources = tuple(torch.randn(4, 64).bfloat16() for _ in range(6))
+    wide = copy.deepcopy(read).float()(tuple(v.float() for v in sources))
+    torch.testing.assert_close(read(sources).float(), wide, rtol=1e-2, atol=1e-2)
+    w = torch.randn(64)
+    for v in sources:
+        exact = DepthAttention.score(v.double(), w.double()).float()
+        torch.testing.assert_close(DepthAttention.score(v, w), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mhc", "mhc-v4", "mhc-lite", "ihc", "krom"])
+def test_a_token_of_zeros_has_a_finite_gradient(name):
+    """In float32, with eps 1e-20 under the root and random maps."""
+    wiring = randomised(one(name, FeedForward(8), dim=8, norm=nn.LayerNorm).float())
+    X = torch.randn(3, 4, 8)
+    X[1] = 0
+    X.requires_grad_()
+    wiring(X, Context()).square().sum().backward()
+    assert X.grad.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in wiring.parameters())

@@ -1,16 +1,19 @@
 """Several streams: doubly stochastic mixing, and streams that stay apart."""
 
 import copy
+import dataclasses
 import functools
 import itertools
 
+import naive
 import naive_wirings as oracle
 import pytest
 import torch
 from catalogue_cases import Fixed, close, fill, one, published
-from test_wirings import randomised, stack, stream
+from test_wirings import SPECS, connections, randomised, stack, stream
 
 from addnorm.branches import Context
+from addnorm.contract import parse_spec
 from addnorm.models.layers import FeedForward
 from addnorm.wirings import streams
 
@@ -51,7 +54,21 @@ def test_streams_of_mhc_are_interchangeable():
     close(other(X[:, order], Context()), wiring(X, Context())[:, order], 1e-12)
 
 
-@pytest.mark.parametrize("name", ["mhc", "mhc-v4", "ihc", "mhc-lite", "krom", "hyper"])
+def several(spec):
+    """Return the number of streams that a wiring opens, of equal standing in one tensor; 0: one."""
+    X = stack(spec).connections[0].open(stream(2, 3))
+    return X.shape[-2] if isinstance(X, torch.Tensor) and X.dim() == 4 else 0
+
+
+SEVERAL = [spec for spec in SPECS if several(spec) > 1]
+
+
+def test_all_wirings_of_several_streams_are_found():
+    names = {parse_spec(spec).name for spec in SEVERAL}
+    assert names == {"hyper", "mhc", "mhc-v4", "ihc", "mhc-lite", "krom", "gated-residual"}
+
+
+@pytest.mark.parametrize("name", SEVERAL)
 def test_streams_do_not_stay_equal(name):
     """The start tells the streams apart: after training steps no two of them are the same."""
     model = stack(name, 4)
@@ -67,7 +84,7 @@ def test_streams_do_not_stay_equal(name):
     X = model.connections[0].open(x)
     for connection in model:
         X = connection(X, Context())
-    for i, j in itertools.combinations(range(4), 2):
+    for i, j in itertools.combinations(range(several(name)), 2):
         assert (X[..., i, :] - X[..., j, :]).abs().max() > 1e-9, (i, j)
 
 
@@ -136,3 +153,45 @@ def test_sinkhorn_does_not_overflow(shift):
     close(ours, streams.sinkhorn(LOGITS, 20), 1e-10)
     far = LOGITS - 900 * (1 - torch.eye(4, dtype=torch.float64))
     close(streams.sinkhorn(far, 20), torch.eye(4, dtype=torch.float64), 1e-10)
+
+
+EVERYWHERE = {  # spec: its formula, the numbers that a mixing matrix is made of, the tolerance
+    "mhc": (oracle.mhc, 16, 2e-5),
+    "mhc(n=3)": (functools.partial(oracle.mhc, n=3), 9, 2e-5),
+    "mhc-v4": (oracle.mhc_v4, 16, 2e-5),
+    "mhc-lite": (oracle.mhc_lite, 24, 1e-12),
+    "krom": (oracle.krom, 4, 1e-12),
+}
+
+
+def mixing_everywhere(connection, size):
+    """Return a connection as the oracle knows it, given random maps where ours has no H_res."""
+    p = dict(connection.p)
+    if len(p["generate.alpha"]) == 2:
+        for name, shape in (("phi", (size, p["generate.phi"].shape[1])), ("bias", (size,))):
+            more = 0.5 * torch.randn(shape, dtype=torch.float64)
+            p[f"generate.{name}"] = torch.cat([p[f"generate.{name}"], more])
+        p["generate.alpha"] = torch.cat([p["generate.alpha"], p["generate.alpha"][:1]])
+    return dataclasses.replace(connection, p=p)
+
+
+@pytest.mark.parametrize("spec", EVERYWHERE)
+def test_the_mixing_that_the_ends_leave_out_changes_nothing(spec):
+    """The papers have H_res at every connection; whatever it is at the ends, the stack is equal.
+
+    After 20 iterations Sinkhorn's sums are 1 to the tolerance, the others' exactly.
+    """
+    formula, size, tolerance = EVERYWHERE[spec]
+    model = randomised(stack(spec, 4), 0.3)
+    known = connections(model, "layernorm")
+    whole = [mixing_everywhere(c, size) for c in known]
+    assert sum(
+        a is not b and len(a.p["generate.bias"]) < len(b.p["generate.bias"])
+        for a, b in zip(known, whole, strict=True)
+    ) == (1 if spec == "mhc-v4" else 2)
+    x = stream(2)
+    expected = naive.by_token(lambda token: formula(token, whole, everywhere=True), x)
+    y, weights = model(x), torch.randn_like(x)
+    close(y, expected, tolerance)
+    ours, theirs = (torch.autograd.grad((t * weights).sum(), x)[0] for t in (y, expected))
+    close(ours, theirs, 10 * tolerance)

@@ -126,9 +126,11 @@ CROSSINGS = [
     # The same name and shape, (1,) and (4, 4), and another meaning.
     ("rezero", "denseformer(dilation=5, period=4)", set(), {"alpha", "norm_in"}, {"alpha"}),
     ("hyper", "frac", {"norm_in"}, {"read", "mix", "write", "generate", "scale"}, None),
-    # The same equation and another shape.
+    # The same equation and another option: of another shape, or of the same and another meaning.
     ("laurel", "laurel(rank=4)", {"norm_in"}, {"down", "up"}, None),
-    ("mhc", "mhc(iterations=3)", {"norm_in", "generate"}, set(), set()),
+    ("mhc", "mhc(iterations=3)", {"norm_in"}, {"generate"}, None),
+    ("denseformer(dilation=2)", "denseformer(dilation=3)", {"norm_in"}, {"alpha"}, None),
+    ("denseformer(dilation=2)", "denseformer(dilation=2)", {"norm_in", "alpha"}, set(), None),
 ]
 
 
