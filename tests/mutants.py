@@ -3,10 +3,11 @@
     make mutants
     .venv/bin/python tests/mutants.py --only deepnorm --json mutants.json
 
-Every function of `addnorm/wirings/*.py`, and what drops paths, is taken apart as a syntax tree. Each
-operator, constant, axis, comparison, condition, pair of arguments or returned values and each
-statement that is a call is changed by rule, each `with` and each decorator of ours left out, one at a time: nothing is chosen by hand. Left alone is
-what is no formula: texts, types, asserts, raises, `strict=` of zip, calls into torch.cuda.
+Every function of `addnorm/wirings/*.py`, and what drops paths, is taken apart as a syntax tree.
+Each operator, constant, axis, comparison, condition, pair of arguments or returned values and each
+statement that is a call is changed by rule, each `with` and each decorator of ours left out, one at
+a time: nothing is chosen by hand. Left alone is what is no formula: texts, types, asserts, raises,
+`strict=` of zip, calls into torch.cuda.
 
 A mutant is killed when one row of the tests that names its wiring goes red: rows of
 `test_wirings.py` and `test_catalogue_*.py` whose parameters or code name it, or a class or function
@@ -137,7 +138,8 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "the parts divide the count",
     (
         "_as_before",
-        "stack.enter_context(torch.random.fork_rng(devices, device_type=kind if devices else 'cuda'))",
+        "stack.enter_context("
+        "torch.random.fork_rng(devices, device_type=kind if devices else 'cuda'))",
         "stack.enter_context("
         "torch.random.fork_rng(devices, device_type=kind if not devices else 'cuda'))",
     ): "without devices any kind does; with devices it is for a GPU, which this machine has not",

@@ -11,7 +11,7 @@ from test_wirings import randomised, stack, stream
 from torch import nn
 
 from addnorm.branches import Context, keep_mask
-from addnorm.contract import parameter_groups
+from addnorm.groups import parameter_groups
 from addnorm.models.layers import FeedForward
 
 DROPPED = 0.4  # a drop rate
