@@ -75,6 +75,24 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "p = torch.stack(scores, -1).softmax(-1).to(sources[0].dtype)",
         "p = torch.stack(scores, -1).softmax(-1).to(sources[1].dtype)",
     ): "all sources have one dtype",
+    **{
+        (
+            "_equal",
+            "return all(map(torch.equal, (states[0], *states[2]), (others[0], *others[2])))",
+            f"return all(map(torch.equal, (states[0], *{a}), (others[0], *{b})))",
+        ): "the generators of a GPU, of which there are none here"
+        for a, b in (
+            ("states[-2]", "others[2]"),
+            ("states[0]", "others[2]"),
+            ("states[2]", "others[-2]"),
+            ("states[2]", "others[0]"),
+        )
+    },
+    (
+        "_Inverted.forward",
+        "if ctx.random and _equal(states, ctx.random[-1])",
+        "if ctx.random and _equal(ctx.random[-1], states)",
+    ): "equality is symmetric",
     (
         "_Inverted.backward",
         "a = a.detach().requires_grad_()",
@@ -477,12 +495,19 @@ def essence(place, source):
 
 
 def live_functions(paths):
-    """Return every function object made in these files, by file and qualified name."""
+    """Return every function object made in these files, by file and qualified name.
+
+    A wrapper that a decorator of these files makes stands at "around " and that name as well.
+    """
     live = collections.defaultdict(list)
     files = {str(path.resolve()): path.name for path in paths}
     for thing in gc.get_objects():
         if type(thing) is types.FunctionType and thing.__code__.co_filename in files:
             live[files[thing.__code__.co_filename], thing.__code__.co_qualname].append(thing)
+            if inner := vars(thing).get("__wrapped__"):
+                live[files[thing.__code__.co_filename], f"around {inner.__qualname__}"].append(
+                    thing
+                )
     return live
 
 
@@ -490,13 +515,11 @@ def install(mutant, live):
     """Put the changed code into the live functions."""
     targets = live[mutant.file, mutant.place]
     assert targets, f"{mutant.place} is not alive"
-    if mutant.operator == UNDECORATED:
+    if mutant.operator == UNDECORATED:  # the wrapper keeps its place and calls the method alone
         scope = {}
         exec("def around(method):\n    return lambda self, x: method(self, x)", scope)
-        bare = scope["around"](None).__code__
-        for thing in gc.get_objects():  # the wrapper keeps its place and calls the method alone
-            if type(thing) is types.FunctionType and vars(thing).get("__wrapped__") in targets:
-                thing.__code__ = bare
+        for function in live[mutant.file, f"around {mutant.place}"]:
+            function.__code__ = scope["around"](None).__code__
         return
     codes = compiled(mutant.place, mutant.source)
     free = targets[0].__code__.co_freevars

@@ -72,6 +72,8 @@ def test_reversible_memory_does_not_grow_with_depth():
     assert peaks[3] > 2 * peaks[2]
 
 
-def test_reversible_keeps_a_state_of_the_generator_where_a_branch_draws():
-    model = Stack([nn.Dropout(0.5) for _ in range(4)], "reversible", dim=8)
-    assert len({id(states) for states in states_of(model(torch.randn(2, 8)))}) == 4
+@pytest.mark.parametrize(("draws", "states"), [("1111", 4), ("1000", 2), ("0110", 3)])
+def test_reversible_keeps_a_state_of_the_generator_where_a_branch_draws(draws, states):
+    branches = [nn.Dropout(0.5) if draw == "1" else nn.Tanh() for draw in draws]
+    model = Stack(branches, "reversible", dim=8)
+    assert len({id(state) for state in states_of(model(torch.randn(2, 8)))}) == states

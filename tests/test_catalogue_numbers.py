@@ -384,9 +384,9 @@ def test_keep_mask_is_one_for_each_sample(shape, mask):
         ("droppath(rate=1.0)", "rate=1.0 of droppath must be from 0 to 0.99"),
         (
             "droppath(per=token)",
-            "unknown value of per in 'droppath(per=token)' 'token' (known: sample, batch)",
+            "unknown value 'token' of per in 'droppath:per=token' (known: sample, batch)",
         ),
-        ("highway(bias=1e999)", "bias=inf of highway must be finite"),
+        ("highway(bias=1e999)", "bias=inf of highway must be a finite number"),
         ("denseformer(dilation=0)", "dilation=0 of denseformer must be at least 1"),
         ("denseformer(period=0)", "period=0 of denseformer must be at least 1"),
         ("laurel(rank=0)", "rank=0 of laurel must be at least 1"),
@@ -400,12 +400,12 @@ def test_keep_mask_is_one_for_each_sample(shape, mask):
         ("dropout-shortcut(rate=1.1)", "rate=1.1 of dropout-shortcut must be from 0 to 1"),
         (
             "postact(act=rulu)",
-            "unknown value of act in 'postact(act=rulu)' 'rulu'; did you mean 'relu'? "
+            "unknown value 'rulu' of act in 'postact:act=rulu'; did you mean 'relu'? "
             "(known: none, relu, gelu, silu, tanh)",
         ),
         (
             "admin(change=square)",
-            "unknown value of change in 'admin(change=square)' 'square' "
+            "unknown value 'square' of change in 'admin:change=square' "
             "(known: log, constant, linear)",
         ),
     ],

@@ -657,7 +657,7 @@ class GatedResidual(Wiring):
     def groups(self) -> Mapping[str, Group]:
         """The gains of the norms do not decay, although they have two axes."""
         names = (name for name, _ in self.named_parameters() if name.endswith(".gain"))
-        return {name: Group() for name in names if "branch" not in name}
+        return {name: Group(weight_decay=0.0) for name in names if "branch" not in name}
 
     def reset_parameters(self) -> None:
         """Start W small."""
