@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from addnorm.cli import main
 
@@ -29,6 +30,14 @@ def here(tmp_path, monkeypatch):
 def run(tmp_path):
     assert main(["train", "--data", "text.txt", "--out", "run", "--steps", "12", *TINY, *FAST]) == 0
     return tmp_path / "run"
+
+
+def pictures(folder, size=8):
+    """Two classes of three gray pictures each."""
+    for name in ("a", "b"):
+        (folder / name).mkdir(parents=True)
+        for i in range(3):
+            Image.new("L", (size, size), 80 * i).save(folder / name / f"{i}.png")
 
 
 def refused(capsys, *argv):
@@ -104,6 +113,30 @@ REFUSED = [
     (["train", "--model", "nothing"], "unknown model 'nothing' (known: gpt, ngpt, resnet, "),
     (["train", "--model", "resnt"], "unknown model 'resnt'; did you mean 'resnet'? (known: "),
     (["train", "--model", "a:"], "'a:' names no function; write pkg.module:function or file.py:"),
+    (
+        ["train", "--resume", "x", "--steps", "2000"],
+        "--resume keeps the recorded settings, and a lon",
+    ),
+    (
+        ["train", "--eval_every=250", "--resume=x"],
+        "--resume keeps the recorded settings; leave --ev",
+    ),
+    (
+        ["train", "--model", "resnet21"],
+        "unknown model 'resnet21'; did you mean 'resnet20'? (known: ",
+    ),
+    (
+        ["train", "--model", "resnet60"],
+        "unknown model 'resnet60'; did you mean 'resnet56'? (known: ",
+    ),
+    (
+        ["train", "--preset", "babygpt-v10"],
+        "unknown preset 'babygpt-v10'; did you mean 'babygpt-v9'",
+    ),
+    (
+        ["train", "--model", "mine.py"],
+        "'mine.py' names no function; write mine.py:FUNCTION, which ",
+    ),
     (["train", "--model", "encoder"], "encoder reads vectors and cannot be trained from the com"),
     (["train", "--preset", "resnet"], "unknown preset 'resnet'; did you mean 'resnet"),
     (["train", "--preset", "gpt2", "--model", "gpt"], "--preset names a network and how it is "),
@@ -112,7 +145,37 @@ REFUSED = [
     (["train", "--data", "digits"], "digits is a set of images; give a network that reads them"),
     (["train", "--model", "resnet20", "--classes", "7"], "classes 7 is not that of 'digits', 10"),
     (["train", "--betas", "1"], "betas (1.0,) must be two numbers from 0 up to 1"),
-    (["compare", "--model", "ngpt"], "unknown network to compare 'ngpt'; did you mean 'gpt'?"),
+    (["train", "--data", "pictures"], "pictures is a set of images; give a network that reads the"),
+    (
+        ["compare", "--data", "pictures"],
+        "pictures is a set of images; give a network that reads th",
+    ),
+    (
+        ["compare", "--model", "ngpt"],
+        "ngpt takes no wiring and cannot be compared; compare takes gp",
+    ),
+    (
+        ["compare", "--model", "a.py:b"],
+        "a.py:b is a model of your own, and these are for train and ",
+    ),
+    (
+        ["compare", "--threads", "1"],
+        "a comparison runs each training on one thread; --jobs says ho",
+    ),
+    (["compare", "--lr", "1"], "a comparison takes several; use --rates in place of --lr"),
+    (
+        ["compare", "--eval-every", "9"],
+        "--eval-every is an option of addnorm train; a comparison h",
+    ),
+    (
+        ["compare", "--preset", "gpt2"],
+        "a comparison has its own training; name the network alone, ",
+    ),
+    (
+        ["compare", "--recipe", "he2015"],
+        "--recipe is an option of addnorm train; a comparison has ",
+    ),
+    (["compare", "--resume", "x"], "a comparison goes on by itself; give the same --out again"),
     (["compare", "--depth", "3"], "a comparison takes several; use --depths in place of --depth"),
     (["compare", "--model", "resnet", "--depths", "9"], "depth 9 is not 6n + 2 (basic) or 9n + 2"),
     (["train", "--model", "json:nope"], "json has no function 'nope'"),
@@ -133,6 +196,10 @@ REFUSED = [
     (["wirings", "mhc", "--lang", "de"], "invalid choice 'de' for argument '--lang'. Expected one"),
     (["report", "nowhere"], "no file or folder 'nowhere'"),
     (["report", "."], "comparison.json is missing"),
+    (
+        ["data", "get", "pictures", "--out", "x"],
+        "--out writes text, and pictures is a set of image",
+    ),
     (["data", "get", "nowhere"], "no text at 'nowhere'; give a UTF-8 file, "),
 ]
 
@@ -142,6 +209,7 @@ def test_bad_input_gets_one_line_and_exit_code_2(capsys, tmp_path, argv, message
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "short.txt").write_text("short")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    pictures(tmp_path / "pictures")
     assert refused(capsys, *argv).startswith(message)
 
 
@@ -390,6 +458,28 @@ def test_json_goes_to_stdout_and_messages_to_stderr(capsys):
     assert err == ""
     assert main(["data", "get", "text.txt", "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out)["tokens"] == len(TEXT)
+
+
+def test_data_get_describes_images(capsys, tmp_path):
+    """A folder of images, sized and mended as `train` does; as bytes any folder is a text."""
+    pictures(tmp_path / "p", size=9)
+    (tmp_path / "p" / "a" / "notes.txt").write_text("no picture")
+    (tmp_path / "p" / "b" / "torn.png").write_bytes(b"\x89PNG")
+    assert "leave such pictures out: --corrupt skip" in refused(capsys, "data", "get", "p")
+    assert main(["data", "get", "p", "--corrupt", "skip", "--size", "6", "--json", "-"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["unit"], facts["classes"], facts["size"]) == ("images", 2, 6)
+    assert (facts["skipped"], facts["ignored"]) == (1, 1)
+    assert main(["data", "get", "p", "--tokenizer", "byte", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokenizer"] == "byte"
+    assert main(["data", "get", "digits", "--tokenizer", "byte", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["unit"] == "images"
+
+
+def test_a_known_network_that_cannot_be_trained_is_not_listed(capsys):
+    line = refused(capsys, "train", "--model", "nothing")
+    assert "(known: gpt, ngpt, resnet, mlp, babygpt-v6" in line
+    assert "encoder" not in line
 
 
 def test_ctrl_c_ends_with_130_and_the_run_resumes(tmp_path):

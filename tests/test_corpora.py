@@ -109,9 +109,56 @@ def test_what_is_not_utf8_is_named_with_its_byte(block, content, byte, value, mo
     with pytest.raises(ValueError, match=r"^[^\n]+$") as error:
         load_corpus("bad.txt")
     assert f"bad.txt is not UTF-8 (byte {byte} is 0x{value}); convert it, " in str(error.value)
-    assert "iconv -f gb18030 -t utf-8 bad.txt; or read bytes with the tokenizer byte" in str(
+    assert "iconv -f ENCODING -t utf-8 bad.txt > NEW; or read bytes: --tokenizer byte" in str(
         error.value
     )
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("é".encode("latin1"), "convert it, with its own encoding (for instance latin1 or gb18030"),
+        ("春江".encode("utf-16"), "its own encoding: iconv -f utf-16 -t utf-8 'in a/b' > NEW; or"),
+        (b"\x89PNG\r\n", "it is no text but a PNG picture: leave it out; or read bytes"),
+        (b"\xff\xd8\xff\xe0", "it is no text but a JPEG picture: leave it out"),
+        (b"%PDF-1.7\n\xe2\xe3", "it is no text but a PDF document: leave it out"),
+        (b"PK\x03\x04\xff", "it is no text but a zip archive, as .docx and .epub are: leave"),
+        (b"\x80\0\0\0", "it is no text but a binary file (it has NUL bytes): leave it out"),
+    ],
+)
+def test_what_is_no_text_is_told_from_text_in_another_encoding(content, said):
+    """The advice names no encoding that may be wrong; the command has the whole path."""
+    Path("in a").mkdir()
+    Path("in a/b").write_bytes(content)
+    with pytest.raises(ValueError, match=r"^in a/b is not UTF-8 \(byte \d is 0x\w\w\); ") as error:
+        load_corpus("in a/b")
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (
+            {"z.png": b"\x89PNG"},
+            "z.png .* a PNG picture: name the texts: --data 'd/\\*\\*/\\*.md'; or",
+        ),
+        ({"z.md": b"\x89PNG"}, "z.md .* a PNG picture: leave it out"),
+        ({"z.txt": b"caf\xe9"}, "z.txt .* > NEW; or name the texts: --data 'd/\\*\\*/\\*.md'; or"),
+        # The endings of other files that are no texts do not count.
+        (dict.fromkeys(("x.gif", "y.gif", "z.png"), b"GIF8\xff"), r"x.gif .* --data 'd/.*\.md'"),
+    ],
+)
+def test_one_file_that_is_no_text_in_a_folder_of_texts(files, said):
+    """The message names the file, and a glob that leaves it out and finds the texts."""
+    Path("d/e").mkdir(parents=True)
+    Path("d/a.md").write_text(TEXT, encoding="utf-8")
+    Path("d/e/b.md").write_text(TEXT, encoding="utf-8")
+    for name, content in files.items():
+        Path("d", name).write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        load_corpus("d")
+    if "z.md" not in files:
+        assert load_corpus("d/**/*.md").text == f"{TEXT}\n{TEXT}"
 
 
 def test_a_character_cut_by_the_end_of_one_file_is_not_joined_with_the_next(tmp_path):

@@ -105,19 +105,16 @@ def our_name(name, norm_first):
 @pytest.mark.parametrize("kind", ["none", "shared", "batch"])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("norm_first", [False, True])
-@pytest.mark.parametrize("batch_first", [False, True])
-def test_it_equals_torchs_layers(norm_first, batch_first, padded, kind, path):
+def test_it_equals_torchs_layers(norm_first, padded, kind, path):
     """Outputs and all gradients in float64 are those of torch, both orders and all masks."""
-    one = layer(norm_first=norm_first, batch_first=batch_first)
+    one = layer(norm_first=norm_first)
     reference = stacked(one, norm=norm_first)
     ours = from_torch_layers(reference)
     ours.choose("attention", path)
     x, keep, look = vectors(), padding() if padded else None, looks(kind)
     got = ours(x, keep=keep, look=look)
-    there = x if batch_first else x.transpose(0, 1)
     pad = None if keep is None else ~keep
-    want = reference(there, mask=theirs_of(look), src_key_padding_mask=pad)
-    want = want if batch_first else want.transpose(0, 1)
+    want = reference(x, mask=theirs_of(look), src_key_padding_mask=pad)
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-11)
     weights = torch.randn_like(want)
     named = dict(reference.named_parameters())
@@ -295,6 +292,11 @@ class Other(nn.TransformerEncoderLayer):
             [nn.TransformerEncoderLayer(8, 2, activation=F.elu)],
             "no option of an encoder is what the layers have: activation",
         ),
+        (
+            [layer(), nn.TransformerEncoderLayer(6, 2, 12)],
+            "the layers read (T, B, D) and an encoder (B, T, D): make them with batch_first=True, "
+            "or set self_attn.batch_first of each to True, which changes no weight",
+        ),
     ],
 )
 def test_other_layers_are_refused(layers, message):
@@ -302,6 +304,15 @@ def test_other_layers_are_refused(layers, message):
     with pytest.raises(ValueError) as caught:  # noqa: PT011  # the whole text is compared
         from_torch_layers(layers)
     assert str(caught.value) == message
+
+
+def test_layers_that_read_the_batch_second_are_taken_once_that_is_changed():
+    """What the refusal advises: the outputs are those of the layers, and no weight changed."""
+    one = layer(batch_first=False)
+    x = vectors()
+    want = one(x.transpose(0, 1)).transpose(0, 1)
+    one.self_attn.batch_first = True
+    torch.testing.assert_close(from_torch_layers([one])(x), want, rtol=1e-10, atol=1e-11)
 
 
 # -- the encoder by itself ---------------------------------------------------------------------

@@ -285,6 +285,23 @@ def test_a_page_shows_every_wiring_whole(facts, lang):
         assert f"](#{row['name']})" in page
 
 
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_the_overview_has_the_laws_and_the_page_says_where_to_begin(facts, lang):
+    """Each row its two laws in a word of its own; the names given as a beginning are wirings."""
+    page = markdown(facts, lang)
+    for row in facts:
+        (line,) = re.findall(rf"^\| \[{re.escape(row['name'])}\]\(.*$", page, re.M)
+        laws = [pages.LAWS[row[f"{what}_law"]][lang] for what in ("stream", "gradient")]
+        assert re.split(r" (?<!\\)\| ", line)[3:5] == laws
+    assert all(len({word[code] for word in pages.LAWS.values()}) == 5 for code in ("en", "zh"))
+    begin = page.split("\n## ")[1]
+    named = set(re.findall(r"`([a-z]+)`", begin)) & set(OURS)
+    assert named == {
+        *("prenorm", "postnorm", "deepnorm", "admin", "postact", "residual", "plain"),
+        *("rezero", "skipinit", "layerscale", "hyper", "mhc"),
+    }
+
+
 def test_both_pages_have_the_same_shape(facts):
     """The same headings and tables in both languages, row by row and column by column."""
 

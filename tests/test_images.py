@@ -212,7 +212,7 @@ def test_size_scales_the_shorter_side_and_cuts_the_middle(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(stripes).save(path)
     text = refused(load_images, str(tmp_path / "z"))
-    assert "0.png is 30x10, not square; set size, such as size=10" in text
+    assert "0.png is 30x10, not square; scale and cut all images with --size 10 (size=10 in" in text
     data = load_images(str(tmp_path / "z"), size=5)
     assert data.shape["size"] == 5
     middle = data.images.pixels[:, :, 1:-1, 1:-1]
@@ -245,7 +245,10 @@ def bad_folders():
         folder_of(root, {"a": 2, "b": 1})
         Image.fromarray(np.full((8, 8), 1000, np.uint16)).save(root / "b" / "01.png")
 
-    yield sizes, "b/01.png is 9x8, but a/00.png is 8x8; give all images one size, or set size=8"
+    yield (
+        sizes,
+        "b/01.png is 9x8, but a/00.png is 8x8; scale and cut all images with --size 8 (size=8 in",
+    )
     yield torn, "b/00.png cannot be read as a picture ("
     yield deep, "b/01.png has pixels of more than 8 bits (mode I;16); convert it to 8 bits"
     yield lambda root: folder_of(root, {"a": 3, "b": 1}), "the class 'b' of"
@@ -284,7 +287,7 @@ def test_a_class_without_a_training_image_and_a_set_without_test_are_refused(tmp
         ("digits", {"augment": "of"}, "unknown augment 'of'; did you mean 'off'? (known: auto, on"),
         ("digits", {"corrupt": "drop"}, "unknown corrupt 'drop' (known: refuse, skip)"),
         ("digits", {"size": -1}, "size -1 must be at least 1, or 0"),
-        ("digits", {"size": 32}, "size 32: the images of digits are 8x8; leave size 0"),
+        ("digits", {"size": 32}, "size 32: the images of digits are 8x8; leave size out"),
     ],
 )
 def test_unknown_sources_and_options_are_refused(source, options, message):
@@ -297,7 +300,7 @@ def test_corrupt_pictures_are_skipped_and_counted(tmp_path):
     (root / "b" / "05.png").write_bytes((root / "b" / "05.png").read_bytes()[:-60])
     text = refused(load_images, str(root))
     assert "a/02.png cannot be read as a picture (" in text
-    assert "corrupt=skip" in text
+    assert "leave such pictures out: --corrupt skip (corrupt='skip' in Python)" in text
     for _ in range(2):  # decoded, then from the cache
         data = load_images(str(root), corrupt="skip")
         assert data.images.pixels.shape == (10, 3, 8, 8)

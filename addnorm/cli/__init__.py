@@ -18,7 +18,7 @@ COMMANDS = {
     "xray": "X-ray a run, a Hugging Face folder, or pkg.module:function returning a model.",
     "wirings": "Show the catalogue: equation, start, paper.",
     "report": "(Re)build the HTML page from saved results.",
-    "data": "List the corpora and image sets, describe a text, or build a corpus.",
+    "data": "List the corpora and image sets, describe texts or images, or build a corpus.",
 }
 NETWORKS = ("compare", "train")  # whose options depend on the network
 

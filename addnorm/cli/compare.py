@@ -11,14 +11,38 @@ from rich.console import Console
 
 from addnorm.cli.data import reading
 from addnorm.cli.networks import asked, word
-from addnorm.cli.parsing import Lang, emit_json, messages, results
-from addnorm.comparison import Cell, CompareConfig, CompareObserver, compare, compared
+from addnorm.cli.parsing import Lang, emit_json, messages, options_in, options_of, results
+from addnorm.comparison import (
+    COMPARED,
+    Cell,
+    CompareConfig,
+    CompareObserver,
+    compare,
+    compared,
+)
 from addnorm.data.sets import load_data
 from addnorm.models.zoo import KINDS, PRESETS
 from addnorm.reports.pages import write_comparison_page
 from addnorm.reports.terminal import LiveComparison, print_comparison
+from addnorm.training.config import Runtime, TrainConfig
 
 Network = TypeVar("Network")
+
+
+_TAKES = f"compare takes {', '.join(COMPARED)}, or a known network of these, such as babygpt-v9"
+OF_TRAIN = options_of(TrainConfig()) | options_of(Runtime()) | {"--recipe"}
+# What stands here for an option of `addnorm train`.
+INSTEAD = {
+    f"--{one}": f"a comparison takes several; use --{several} in place of --{one}"
+    for one, several in (
+        *(("depth", "depths"), ("wiring", "wirings"), ("lr", "rates")),
+        *(("warmup", "warmups"), ("seed", "seeds")),
+    )
+} | {
+    "--threads": "a comparison runs each training on one thread; --jobs says how many at once",
+    "--preset": "a comparison has its own training; name the network alone, with --model",
+    "--resume": "a comparison goes on by itself; give the same --out again",
+}
 
 
 @dataclass(frozen=True)
@@ -40,15 +64,27 @@ class Options(Generic[Network]):
 
 def defaults(argv: Sequence[str]) -> tuple[Any, Options[Any]]:
     """Return the options that the network of this command line has, and where they begin."""
+    if ":" in (model := word(argv, "--model")):
+        raise ValueError(
+            f"{model} is a model of your own, and these are for train and xray; {_TAKES}"
+        )
     given = asked(argv)
-    config = compared(given.kind or given.model)
+    if given.kind not in COMPARED:
+        raise ValueError(f"{given.kind} takes no wiring and cannot be compared; {_TAKES}")
+    config = compared(given.kind)
     if given.model in PRESETS:
         config = replace(config, network=given.config)
-    for option, grid in (("--depth", "--depths"), ("--wiring", "--wirings")):
-        if word(argv, option):
-            raise ValueError(f"a comparison takes several; use {grid} in place of {option}")
+    options = Options(config)
+    for option in options_in(argv):
+        if option in INSTEAD:  # the network's own depth and wiring among them
+            raise ValueError(INSTEAD[option])
+        if option not in options_of(options) and option in OF_TRAIN:
+            raise ValueError(
+                f"{option} is an option of addnorm train; a comparison has none (addnorm compare "
+                "--help lists its options)"
+            )
     kind: Any = Options
-    return kind[type(config.network)], Options(config)
+    return kind[type(config.network)], options
 
 
 class _Live(CompareObserver):

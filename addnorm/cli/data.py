@@ -23,6 +23,7 @@ from addnorm.data.corpora import (
     load_corpus,
 )
 from addnorm.data.images import IMAGE_SETS, load_images
+from addnorm.data.sets import is_images
 from addnorm.data.text import load_text
 from addnorm.data.tokenizers import parse_tokenizer
 from addnorm.files import cache_folder, write_atomic
@@ -35,9 +36,13 @@ class Options:
     action: Annotated[Literal["list", "get"], tyro.conf.Positional] = "list"
     """list the corpora and image sets, or get one: build it if need be, and describe it"""
     name: Annotated[str, tyro.conf.Positional] = "pydoc"
-    """the corpus to get, or a file, folder or glob to describe"""
+    """the corpus or image set to get, or a file, folder or glob to describe"""
     tokenizer: str = "char"
     """what a text is cut into: char, byte, bpe or bpe:VOCABULARY"""
+    size: int = 0
+    """height and width that images are resized to; 0: they must all have one size"""
+    corrupt: Literal["refuse", "skip"] = "refuse"
+    """what to do with a picture that cannot be read"""
     out: str = ""
     """file that get writes the text to"""
     json: str = ""
@@ -91,10 +96,10 @@ def _print_list(listed: dict[str, dict[str, object]]) -> None:
 
 
 def _get(options: Options, progress: Progress) -> dict[str, object]:
-    if options.name in IMAGE_SETS:
+    if is_images(options.name, options.tokenizer):
         if options.out:
             raise ValueError(f"--out writes text, and {options.name} is a set of images")
-        return load_images(options.name).describe()
+        return load_images(options.name, size=options.size, corrupt=options.corrupt).describe()
     if options.name in ON_REQUEST and not cached_corpus(options.name):
         messages().print(ON_REQUEST[options.name], highlight=False, soft_wrap=True)
     facts = load_text(options.name, 64, options.tokenizer, progress).describe()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from addnorm.contract import unknown
-from addnorm.models.zoo import KINDS, PRESETS, network
+from addnorm.models.zoo import KINDS, PRESETS, network, unknown_network
 from addnorm.training.config import RECIPES
 
 
@@ -52,7 +52,7 @@ def named(model: str, preset: str = "", recipe: str = "") -> Asked:
     if model and preset:
         raise ValueError("--preset names a network and how it is trained; leave --model out")
     if preset and preset not in PRESETS:
-        raise ValueError(unknown("preset", preset, PRESETS))
+        raise ValueError(unknown_network("preset", preset, PRESETS))
     name = preset or model or "gpt"
     recipe = recipe or (PRESETS[preset].recipe if preset else "")
     if recipe and recipe not in RECIPES:
@@ -60,9 +60,16 @@ def named(model: str, preset: str = "", recipe: str = "") -> Asked:
     training = dict(RECIPES[recipe]) if recipe else {}
     if ":" in name:
         return Asked(name, "", OwnConfig(), training)
-    kind, config = network(name)
-    if KINDS[kind].reads == "vectors":
+    if name.endswith(".py"):
+        raise ValueError(
+            f"{name!r} names no function; write {name}:FUNCTION, which returns a model"
+        )
+    trainable = [kind for kind, facts in KINDS.items() if facts.reads != "vectors"]
+    if name in KINDS and name not in trainable:
         raise ValueError(f"{name} reads vectors and cannot be trained from the command line")
+    if name not in (*KINDS, *PRESETS):
+        raise ValueError(unknown_network("model", name, [*trainable, *PRESETS]))
+    kind, config = network(name)
     return Asked(name, kind, config, training)
 
 

@@ -151,13 +151,17 @@ def plugins_of(argv: Sequence[str]) -> list[str]:
     return [part for words in found for part in words.split(",") if part]
 
 
-def refuse_changes(given: Any, default: Any, allowed: Sequence[str], why: str) -> None:
-    """Raise `ValueError` naming the first option that differs from its default."""
-    for field in fields(given):
-        value, usual = getattr(given, field.name), getattr(default, field.name)
-        if field.name in allowed or value == usual:
-            continue
-        if hasattr(value, "__dataclass_fields__"):
-            refuse_changes(value, usual, allowed, why)
-        else:
-            raise ValueError(f"{why}; leave --{field.name.replace('_', '-')} out")
+def options_in(argv: Sequence[str]) -> list[str]:
+    """Return the options that the words of a command line set, as `--eval-every`."""
+    found = (word.partition("=")[0] for word in argv if word.startswith("--"))
+    return [name.replace("_", "-") for name in found]
+
+
+def options_of(kind: Any) -> set[str]:
+    """Return the options that the fields of a dataclass, or of those in it, stand for."""
+    found: set[str] = set()
+    for field in fields(kind):
+        value = getattr(kind, field.name, None)
+        inside = hasattr(value, "__dataclass_fields__")
+        found |= options_of(value) if inside else {f"--{field.name.replace('_', '-')}"}
+    return found

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from addnorm import runs
 from addnorm.cli.data import reading
-from addnorm.cli.networks import Asked, asked, named
-from addnorm.cli.parsing import Lang, emit_json, messages, refuse_changes
+from addnorm.cli.networks import Asked, asked, named, word
+from addnorm.cli.parsing import Lang, emit_json, messages, options_in
 from addnorm.data.sets import DataConfig, Dataset, load_data
 from addnorm.models.zoo import KINDS
 from addnorm.reports.progress import TrainProgress
@@ -42,7 +42,8 @@ class Options(Generic[Network]):
     out: Path = Path("run")
     """folder of the run; must not hold one yet"""
     resume: Path | None = None
-    """go on with the run in this folder, with its recorded settings"""
+    """go on with the run in this folder to the steps it was given, with its recorded settings; a
+    run cannot be lengthened, as the schedule of its rate was laid out for them"""
     plugins: tuple[str, ...] = ()
     """modules or .py files that define wirings of your own"""
     json: str = ""
@@ -53,11 +54,21 @@ class Options(Generic[Network]):
 
 def defaults(argv: Sequence[str]) -> tuple[Any, Options[Any]]:
     """Return the options that the network of this command line has, and where they begin."""
+    if word(argv, "--resume"):
+        _refuse_settings(argv)
     given = asked(argv)
     images = {"batch": 64} if given.reads == "images" else {}
     training = TrainConfig(**(images | given.recipe))
     kind: Any = Options
     return kind[type(given.config)], Options(given.config, training, DataConfig(), Runtime())
+
+
+def _refuse_settings(argv: Sequence[str]) -> None:
+    """Raise `ValueError` for an option beside --resume, be it set to what it is by default."""
+    for option in options_in(argv):
+        if option not in ("--resume", "--json", "--lang", "--help"):
+            longer = ", and a longer training is a new run" if option == "--steps" else ""
+            raise ValueError(f"--resume keeps the recorded settings{longer}; leave {option} out")
 
 
 class _Progress(TrainProgress, Observer):
@@ -68,8 +79,6 @@ def run(options: Options[Any]) -> int:
     """Train or resume, write the page, print the outcome."""
     console, folder = messages(), options.resume or options.out
     if options.resume is not None:
-        why = "--resume keeps the recorded settings"
-        refuse_changes(options, defaults([])[1], ("resume", "json", "lang"), why)
         with _Progress(console) as progress:
             trained = runs.resume(folder, progress)
     else:

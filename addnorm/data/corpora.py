@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from addnorm.data.unreadable import not_utf8
 from addnorm.files import cache_folder, read_json, write_json, write_text
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -97,9 +98,7 @@ class Corpus:
         Raises `ValueError` where it is not UTF-8.
         """
         if self.length is None:
-            raise ValueError(
-                f"the text {self.name!r} is not UTF-8; read it with the tokenizer byte"
-            )
+            raise ValueError(f"the text {self.name!r} is not UTF-8; read it as --tokenizer byte")
         decoder = codecs.getincrementaldecoder("utf-8")()
         for block in self.blocks(progress):
             if text := decoder.decode(block):
@@ -269,10 +268,6 @@ def _recorded(record: Path) -> dict[str, Any] | None:
     return None
 
 
-class _NotUtf8(ValueError):  # noqa: N818  # a ValueError for the user
-    pass
-
-
 def _scan(name: str, parts: Sequence[Part], binary: bool, progress: Progress) -> dict[str, Any]:
     """Read all parts once: sha256, sizes, and the characters, unless they are not UTF-8."""
     total = len(parts) - 1
@@ -289,11 +284,14 @@ def _scan(name: str, parts: Sequence[Part], binary: bool, progress: Progress) ->
             digest.update(block)
             size += len(block)
             if utf8:
+                first = begin - len(decoder.getstate()[0])  # of what the last block left over
                 try:
-                    text = _decoded(decoder, block, begin, part if isinstance(part, Path) else name)
-                except _NotUtf8:
+                    text = decoder.decode(block, final=not block)
+                except UnicodeDecodeError as error:
                     if not binary:
-                        raise
+                        assert isinstance(part, Path)  # the built-in text is UTF-8
+                        place, value = first + error.start, error.object[error.start]
+                        raise ValueError(not_utf8(part, place, value, name, parts)) from None
                     utf8 = False
                 else:
                     seen[np.frombuffer(text.encode("utf-32-le"), np.uint32)] = True
@@ -306,22 +304,6 @@ def _scan(name: str, parts: Sequence[Part], binary: bool, progress: Progress) ->
         "length": length if utf8 else None,
         "characters": points.decode("utf-32-le"),
     }
-
-
-def _decoded(
-    decoder: codecs.IncrementalDecoder, block: bytes, begin: int, where: Path | str
-) -> str:
-    """Return the characters that `block`, at byte `begin`, completes; an empty one is the last."""
-    begin -= len(decoder.getstate()[0])  # bytes of a character that the last block began
-    try:
-        return decoder.decode(block, final=not block)
-    except UnicodeDecodeError as error:
-        name = where.name if isinstance(where, Path) else where
-        raise _NotUtf8(
-            f"{where} is not UTF-8 (byte {begin + error.start} is "
-            f"0x{error.object[error.start]:02x}); convert it, for instance with: "
-            f"iconv -f gb18030 -t utf-8 {name}; or read bytes with the tokenizer byte"
-        ) from None
 
 
 @dataclass(frozen=True)

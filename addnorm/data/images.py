@@ -111,10 +111,26 @@ def _find(source: str, size: int, corrupt: Corrupt) -> ImageSet:
     return _folder(source, folder, size, corrupt)
 
 
+def holds_images(source: str) -> bool:
+    """Say whether `source` names a built-in set, a CIFAR-10 folder, or a folder of pictures mostly.
+
+    Hidden files do not count, and endings decide what a picture is.
+    """
+    folder = Path(source).expanduser()
+    if source in IMAGE_SETS or not folder.is_dir():
+        return source in IMAGE_SETS
+    if any(next(folder.glob(f"{sub}data_batch_*"), None) for sub in ("", "cifar-10-batches-*/")):
+        return True
+    files = [p for p in folder.rglob("*") if p.is_file() and not _hidden(p.relative_to(folder))]
+    return 2 * sum(p.suffix.lower() in SUFFIXES for p in files) > len(files)
+
+
 def _fixed_size(images: ImageSet, size: int) -> ImageSet:
     own = images.pixels.shape[-1]
     if size not in (0, own):
-        raise ValueError(f"size {size}: the images of {images.name} are {own}x{own}; leave size 0")
+        raise ValueError(
+            f"size {size}: the images of {images.name} are {own}x{own}; leave size out"
+        )
     return images
 
 
@@ -337,7 +353,7 @@ class _Decoder:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise ValueError(
                     f"{picture.path} cannot be read as a picture ({reason}); mend or remove it, or "
-                    "leave such pictures out with corrupt=skip"
+                    "leave such pictures out: --corrupt skip (corrupt='skip' in Python)"
                 ) from None
             if image.mode[0] in "IF":
                 raise ValueError(
@@ -352,13 +368,14 @@ class _Decoder:
                 expected, first = image.size, name
                 if width != height:
                     raise ValueError(
-                        f"{picture.path} is {width}x{height}, not square; set size, such as "
-                        f"size={min(width, height)}, to scale and cut all images"
+                        f"{picture.path} is {width}x{height}, not square; scale and cut all images "
+                        f"with --size {min(width, height)} (size={min(width, height)} in Python)"
                     )
             if image.size != expected:
                 raise ValueError(
                     f"{picture.path} is {width}x{height}, but {first} is {expected[0]}x"
-                    f"{expected[1]}; give all images one size, or set size={expected[0]}"
+                    f"{expected[1]}; scale and cut all images with --size {expected[0]} "
+                    f"(size={expected[0]} in Python)"
                 )
             self.digest.update(f"\n{name}\n{len(data)}\n".encode() + data)
             pixels: Pixels = np.asarray(image)

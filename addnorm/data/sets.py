@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from addnorm.data.corpora import Progress, load_corpus, silent
-from addnorm.data.images import IMAGE_SETS, ImageData, load_images
+from addnorm.data.images import IMAGE_SETS, ImageData, holds_images, load_images
 from addnorm.data.text import TextData, load_text
 from addnorm.data.tokenizers import Tokenizer
 
@@ -44,11 +44,16 @@ def load_data(config: DataConfig, reads: str, context: int, progress: Progress =
         source = config.data or "digits"
         return load_images(source, augment=config.augment, size=config.size, corrupt=config.corrupt)
     source = config.data or "pydoc"
-    if source in IMAGE_SETS:
+    if is_images(source, config.tokenizer):
         raise ValueError(
             f"{source} is a set of images; give a network that reads them, --model resnet"
         )
     return load_text(source, context, config.tokenizer, progress)
+
+
+def is_images(source: str, tokenizer: str) -> bool:
+    """Say whether `source` holds images; any files may be read as bytes, so then it is a text."""
+    return holds_images(source) and (source in IMAGE_SETS or tokenizer != "byte")
 
 
 def reload_data(known: Mapping[str, Any], tokenizer: Tokenizer | None = None) -> Dataset:

@@ -85,10 +85,15 @@ class Group:
 
     @property
     def falling(self) -> bool:
-        """Whether the validation loss still fell by more than 1 % over the last evaluation."""
-        drops = [
-            1 - c["curve"][-1][1] / c["curve"][-2][1] for c in self.whole if len(c["curve"]) > 1
-        ]
+        """Whether the validation loss still fell by more than 1 % over the last third of the steps.
+
+        Not over the last evaluation: the cosine schedule ends at a tenth of the rate.
+        """
+        drops = []
+        for cell in self.whole:
+            curve = cell["curve"]
+            before = _at(curve, 0, curve[-1][0] * 2 / 3, cell["status"])
+            drops.append(1 - curve[-1][1] / before)
         return bool(drops) and statistics.median(drops) > 0.01
 
     @property
