@@ -163,8 +163,14 @@ class Wrapped(Branch):
         self.module = module
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """Return `module(x)`."""
+        """Return `module(x)`. Raises `ValueError` where it has another shape than x."""
         out: Tensor = self.module(x)
+        if not isinstance(out, Tensor) or out.shape != x.shape:
+            got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise ValueError(
+                f"{type(self.module).__name__} returns {got} for {tuple(x.shape)}; a branch of a "
+                "stack must return one tensor of the shape of its input"
+            )
         return out
 
     def reset_parameters(self) -> None:

@@ -340,21 +340,16 @@ class Spec:
 
         Raises `ValueError` for one of a user's that fails or leaves a parameter without a start.
         """
-        if not is_own(self.wiring):
-            made = self._make(branch, site)
-            made.reset_parameters()
-            return made
-        from addnorm.checking import start
-
         with own_code(f"the wiring {self.name}"):
-            made = self._make(branch, site)
-            start(made)
-        return made
+            made = self.wiring(branch, site, **self.options)
+            defaults = {k: option.default for k, option in options_of(self.wiring).items()}
+            made.options = defaults | self.options
+            if is_own(self.wiring):
+                from addnorm.checking import start
 
-    def _make(self, branch: Branch, site: Site) -> Wiring:
-        made = self.wiring(branch, site, **self.options)
-        declared = options_of(self.wiring).items()
-        made.options = {name: self.options.get(name, option.default) for name, option in declared}
+                start(made)
+            else:
+                made.reset_parameters()
         return made
 
     def __str__(self) -> str:
@@ -397,14 +392,10 @@ def parse_spec(text: str) -> Spec:
     options: dict[str, Any] = {}
     for setting in settings:
         key, equals, value = (part.strip() for part in setting.partition("="))
-        if not equals or not value:
-            raise ValueError(
-                f"cannot read {setting.strip()!r} in the wiring {text!r}; write option=value"
-            )
-        if shell and re.search(r",\s*\w+\s*=", value):
-            raise ValueError(
-                f"cannot read {setting.strip()!r} in the wiring {text!r}; separate options by ':'"
-            )
+        joined = shell and re.search(r",\s*\w+\s*=", value)
+        if joined or not equals or not value:
+            how = "separate options by ':'" if joined else "write option=value"
+            raise ValueError(f"cannot read {setting.strip()!r} in the wiring {text!r}; {how}")
         if key in options:
             raise ValueError(f"the wiring {text!r} sets {key} twice")
         options[key] = _read(value)
@@ -435,8 +426,8 @@ def _typed(name: str, key: str, value: Any, kind: Any) -> Any:
     if kind is float and type(value) is int and abs(value) < 2**53:
         return float(value)
     if type(value) is not kind:
-        word = isinstance(value, str) and _read(value) == value
-        shown = value if word else literal(value) if not isinstance(value, str) else repr(value)
+        quoted = isinstance(value, str) and _read(value) != value  # would read as something else
+        shown = repr(value) if quoted else literal(value)
         raise ValueError(f"{key}={shown} of {name} must be {TYPES[kind]}")
     return value
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from addnorm.branches import Branch, Context, Matrix
+from addnorm.checking import checked
 from addnorm.contract import Spec, Stack, options_of
 
 PARTS, COUNT = 2, 24  # connections of a layer, and of the stack
@@ -123,7 +124,7 @@ def measure(spec: Spec, dim: int) -> tuple[Fraction, Fraction, Fraction]:
     """
     stack = _stack(spec, dim)
     connections, context, moved = list(stack), Context(), 0
-    with _alone(), torch.no_grad(), _Meter() as meter:
+    with _alone(), torch.no_grad(), checked(stack), _Meter() as meter:
         stream = connections[0].open(torch.zeros(1, TOKENS, dim, device="cpu"))
         # Tensors of its own each, as later connections find them: what opens the stream may hand
         # out one tensor several times.

@@ -18,6 +18,7 @@ from addnorm.contract import (
     Spec,
     Wiring,
     catalogue,
+    kinds_of,
     literal,
     options_of,
     parse_spec,
@@ -38,7 +39,7 @@ def facts_of(wiring: str | Spec, *, brief: bool = False) -> dict[str, Any]:
     spec = parse_spec(wiring) if isinstance(wiring, str) else wiring
     kind = spec.wiring
     costs = {"parameters": parameters(spec)} if brief else vars(cost(spec))
-    entry = bibtex(kind.paper)
+    own, entry = family(kind) == "own", bibtex(kind.paper)
     return {
         "name": spec.name,
         "spec": str(spec),
@@ -57,11 +58,11 @@ def facts_of(wiring: str | Spec, *, brief: bool = False) -> dict[str, Any]:
         "gradient_law": kind.gradient_law,
         "expected": sorted(kind.expected),
         "ships": kind.ships,
-        "verified": kind.verified,
+        "verified": None if own else kind.verified,  # ours are held against their sources
         "cost": {name: _formula(polynomial) for name, polynomial in costs.items()},
-        "diagram": draw(kind.drawing),
-        "about": inspect.getdoc(kind) or "",
-        "chinese": chinese(spec.name) if family(kind) != "own" else {},
+        "diagram": "" if own and "drawing" not in vars(kind) else draw(kind.drawing),
+        "about": inspect.cleandoc(kind.__doc__ or ""),
+        "chinese": {} if own else chinese(spec.name),
     }
 
 
@@ -143,16 +144,16 @@ def _formula(polynomial: Polynomial) -> dict[str, Any]:
 
 def _options(spec: Spec) -> dict[str, dict[str, Any]]:
     """Return by option its value, its default, and what it may be."""
-    hints = typing.get_type_hints(spec.wiring.__init__)
+    kinds = kinds_of(spec.wiring)
     found = {}
     for name, option in options_of(spec.wiring).items():
-        hint = hints.get(name, type(option.default))
-        choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+        kind = kinds[name]
+        choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
         low, high = spec.wiring.limits.get(name, (None, None))
         found[name] = {
             "value": literal(spec.options.get(name, option.default)),
             "default": literal(option.default),
-            "kind": "word" if choices else KINDS.get(hint, str(hint)),
+            "kind": "word" if choices else KINDS[kind],
             "choices": list(choices),
             "least": None if low in (None, -float("inf")) else low,
             "most": None if high in (None, float("inf")) else high,

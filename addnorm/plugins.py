@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -29,19 +30,33 @@ def load_plugins(names: Iterable[str]) -> None:
 
 @contextlib.contextmanager
 def own_code(what: str) -> Iterator[None]:
-    """Turn an error in the user's code into one line that says what failed and where."""
+    """Turn an error in the user's code into one line that says what failed and where.
+
+    The place is the last line that is neither ours nor of an installed library.
+    """
     try:
         yield
-    except (ModuleNotFoundError, KeyboardInterrupt):
-        raise
     except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        said = _ours(frames[-1].filename) and str(frames[-1].line).startswith("raise ")
+        if isinstance(error, ValueError) and said:
+            raise  # it says in one line already what is wrong
         if isinstance(error, SyntaxError):
             place = f"{error.filename} line {error.lineno}"
         else:
-            last = traceback.extract_tb(error.__traceback__)[-1]
+            last = next((f for f in reversed(frames) if _theirs(f.filename)), frames[-1])
             place = f"{last.filename} line {last.lineno}"
         message = f"{what} failed: {type(error).__name__}: {error} ({place})"
         raise ValueError(message) from error
+
+
+def _ours(file: str) -> bool:
+    return Path(file).is_relative_to(Path(__file__).parent)
+
+
+def _theirs(file: str) -> bool:
+    libraries = sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")
+    return not (file.startswith("<") or _ours(file) or file.startswith(libraries))
 
 
 def absolute(names: Iterable[str]) -> tuple[str, ...]:
@@ -78,8 +93,9 @@ def _import(name: str) -> Any:
     try:
         with own_code(name):
             return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name and name.split(".")[0] == error.name.split(".")[0]:
+    except ValueError as error:
+        absent = error.__cause__.name if isinstance(error.__cause__, ModuleNotFoundError) else None
+        if absent and name.split(".")[0] == absent.split(".")[0]:
             raise ValueError(
                 f"no module {name!r}, neither installed nor in {os.getcwd()}"
             ) from None

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from addnorm import __version__
+from addnorm.checking import checked
 from addnorm.data.sets import Dataset, reload_data
 from addnorm.data.text import TextData, load_tokenizer
 from addnorm.files import locked, read_json, read_lines, write_json
@@ -243,6 +244,7 @@ def _check_output(
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         own_code(f"a forward pass of {type(model).__name__}"),
+        checked(model),
     ):
         output = model(inputs)
     model.train(training)

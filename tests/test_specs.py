@@ -156,26 +156,43 @@ def test_joined_list_splits_back(specs):
         ),
         (
             "layerscale(init=small)",
-            "init=small in the wiring 'layerscale(init=small)' must be a number",
+            "init=small of layerscale must be a number",
         ),
         (
             "layerscale(init=true)",
-            "init=true in the wiring 'layerscale(init=true)' must be a number",
+            "init=true of layerscale must be a number",
         ),
         (
             "layerscale(init=nan)",
-            "init=nan in the wiring 'layerscale(init=nan)' must be a number",
+            "init=nan of layerscale must be a finite number",
         ),
         (
             "layerscale(init=1e999)",
-            "init=inf of layerscale must be finite",
+            "init=inf of layerscale must be a finite number",
         ),
-        ("plain(norm=1)", "norm=1 in the wiring 'plain(norm=1)' must be true or false"),
-        ("plain:norm=yes", "norm=yes in the wiring 'plain:norm=yes' must be true or false"),
+        ("plain(norm=1)", "norm=1 of plain must be true or false"),
+        ("plain:norm=yes", "norm=yes of plain must be true or false"),
         (
             "plain(norm=__import__('os'))",
-            "norm=__import__('os') in the wiring \"plain(norm=__import__('os'))\" "
-            "must be true or false",
+            "norm=__import__('os') of plain must be true or false",
+        ),
+        ("layerscale(init=-inf)", "init=-inf of layerscale must be a finite number"),
+        ("mhc:n=4.0", "n=4.0 of mhc must be a whole number"),
+        ("mhc(n='4')", "n='4' of mhc must be a whole number"),
+        ("mhc:n=0", "n=0 of mhc must be from 2 to 16"),
+        (
+            "droppath:per=token",
+            "unknown value 'token' of per in 'droppath:per=token' (known: sample, batch)",
+        ),
+        (
+            "mhc:n=4,iterations=5",
+            "cannot read 'n=4,iterations=5' in the wiring 'mhc:n=4,iterations=5'; "
+            "separate options by ':'",
+        ),
+        (  # what a comma list makes of it
+            "iterations=5",
+            "cannot read the wiring 'iterations=5'; write name, name(option=value) or "
+            "name:option=value; separate options by ':'",
         ),
     ],
 )
@@ -184,6 +201,40 @@ def test_bad_spec_is_refused_with_the_reason(text, message):
     with pytest.raises(ValueError) as caught:  # noqa: PT011  # the whole text is compared
         parse_spec(text)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "text"),
+    [
+        ("nope", {}, "nope"),
+        ("mhc", {"m": 3}, "mhc(m=3)"),
+        ("mhc", {"n": "4"}, "mhc(n='4')"),
+        ("mhc", {"n": 2.5}, "mhc(n=2.5)"),
+        ("mhc", {"n": 0}, "mhc(n=0)"),
+        ("plain", {"norm": 1}, "plain(norm=1)"),
+        ("layerscale", {"init": math.nan}, "layerscale(init=nan)"),
+        ("layerscale", {"init": True}, "layerscale(init=true)"),
+        ("droppath", {"per": "token"}, "droppath:per=token"),
+    ],
+)
+def test_a_bad_spec_object_is_refused_as_its_text_is(name, options, text):
+    """There is one way in: what a string may not say, an object may not hold."""
+    with pytest.raises(ValueError, match=" ") as by_object:
+        Spec(name, options)
+    with pytest.raises(ValueError, match=" ") as by_text:
+        parse_spec(text)
+    assert str(by_object.value) == str(by_text.value)
+    assert "\n" not in str(by_object.value)
+
+
+def test_a_spec_object_is_canonical():
+    """Whole numbers become floats where the option is one, and defaults are dropped."""
+    given = {"init": 1}
+    assert Spec("layerscale", given) == parse_spec("layerscale(init=1.0)")
+    assert type(Spec("layerscale", given).options["init"]) is float
+    assert type(given["init"]) is int  # what was given is left alone
+    assert Spec("layerscale", {"init": 1e-4}).options == {}
+    assert str(Spec("mhc", {"iterations": 5, "n": 2})) == "mhc(n=2, iterations=5)"
 
 
 @each_example

@@ -36,6 +36,8 @@ class Options:
     """text that a language model is given: a UTF-8 file, folder or glob"""
     seed: int = 0
     """seed of random inputs, probe vectors and samples"""
+    plugins: tuple[str, ...] = ()
+    """modules or .py files that define wirings of your own"""
     compare: tuple[str, ...] = ()
     """two saved traces side by side, in place of a target"""
     html: str = ""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from addnorm.checking import checked
 from addnorm.contract import Wiring, unknown
 from addnorm.probe.bands import Evidence
 from addnorm.probe.discover import discover
@@ -72,8 +73,8 @@ def xray(
     Under FSDP2 the gains of the Jacobians are not measured, no branch is found dead, no block is
     linted, and every process must call.
 
-    Raises `ValueError` when no connection is found, none of them is called, or a deeper look is
-    unknown.
+    Raises `ValueError` when no connection is found, none of them is called, a deeper look is
+    unknown, or a wiring of the user's own breaks the contract.
     """
     for name in deep:
         if name not in DEEP:
@@ -81,7 +82,8 @@ def xray(
     model = unwrap(model)
     total = 2 + len(deep)
     told = progress or (lambda _done, _total: None)
-    structure = discover(model, inputs, blocks)
+    with checked(model):
+        structure = discover(model, inputs, blocks)
     told(1, total)
     reader = Reader(model, structure, seed)
     called = Called(model, structure)
