@@ -156,9 +156,9 @@ def test_sinkhorn_does_not_overflow(shift):
 
 
 EVERYWHERE = {  # spec: its formula, the numbers that a mixing matrix is made of, the tolerance
-    "mhc": (oracle.mhc, 16, 2e-5),
-    "mhc(n=3)": (functools.partial(oracle.mhc, n=3), 9, 2e-5),
-    "mhc-v4": (oracle.mhc_v4, 16, 2e-5),
+    "mhc": (oracle.mhc, 16, 1e-9),
+    "mhc(n=3)": (functools.partial(oracle.mhc, n=3), 9, 1e-9),
+    "mhc-v4": (oracle.mhc_v4, 16, 1e-5),
     "mhc-lite": (oracle.mhc_lite, 24, 1e-12),
     "krom": (oracle.krom, 4, 1e-12),
 }
@@ -179,7 +179,8 @@ def mixing_everywhere(connection, size):
 def test_the_mixing_that_the_ends_leave_out_changes_nothing(spec):
     """The papers have H_res at every connection; whatever it is at the ends, the stack is equal.
 
-    After 20 iterations Sinkhorn's sums are 1 to the tolerance, the others' exactly.
+    After 20 iterations Sinkhorn's sums are 1 to 1e-9 for logits as small as here, but for the 1e-6
+    that mhc-v4 adds to them; those of the others are 1 exactly.
     """
     formula, size, tolerance = EVERYWHERE[spec]
     model = randomised(stack(spec, 4), 0.3)
