@@ -675,9 +675,9 @@ class Reversible(Wiring):
     Gomez et al. 2017, RevNet (arXiv:1707.04585), equations 6 and 7; Kitaev et al. 2020, Reformer
     (arXiv:2001.04451), section 3: y1 = x1 + F(x2), y2 = x2 + G(y1). a and b start as copies of x
     and end as their mean. In training the stack keeps no activations: on the way back each
-    connection inverts itself, so activation memory does not grow with depth (but for 5 KB, the state
-    of the generator, where a branch draws random numbers), for one more forward pass and some
-    rounding (float32: gradients to 1e-5; bfloat16: twice the usual error). It takes
+    connection inverts itself, so activation memory does not grow with depth (but for 5 KB where a
+    branch draws random numbers), for one more forward pass and some rounding (float32: gradients to
+    1e-5; bfloat16: twice the usual error). It takes
     the plain path under the compiler, where no gradient is recorded, with a key-value cache, under
     torch.func's transforms, and for parameters sharded by FSDP2. A branch runs twice a step: one
     that counts its calls (batch norm's running statistics) counts both, one that leaves values for
