@@ -63,7 +63,7 @@ REFUSED = [
     ),
     (
         ["compare", "--wirings", "layerscale:init=big"],
-        "init=big in the wiring 'layerscale:init=big' must",
+        "init=big of layerscale must be a number",
     ),
     (["compare", "--depths", "3,0"], "depth 0 must be at least 1"),
     (["compare", "--depths", "-2"], "depth -2 must be at least 1"),

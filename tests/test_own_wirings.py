@@ -1,5 +1,7 @@
 """A wiring of a user's own: what it does wrong is said in one line, and a right one passes."""
 
+import subprocess
+import sys
 import textwrap
 
 import pytest
@@ -136,7 +138,11 @@ def said(call, *given):
         ("decay=0.9", "decay=[0.9]", "the option decay=[0.9] of Duo must be a number, true"),
         ("decay=0.9", "decay: list = 1", "the option decay=1 of Duo must be a number, true"),
         ("*, decay", "decay", "its options behind the star; it takes self, branch, site, decay"),
-        ("decay=0.9", "**options", "Duo.__init__ must be (self, branch, site, *, option=default)"),
+        (
+            "*, decay=0.9",
+            "**options",
+            "Duo.__init__ must be (self, branch, site, *, option=default)",
+        ),
         ("decay=0.9", "decay: 'Size' = 1", "the annotations of Duo.__init__ cannot be read"),
         ("def forward(", "def forwards(", "does not define forward(self, stream, context)"),
         ("(self, stream, context)", "(self, s)", "Duo.forward must be forward(self, stream, con"),
@@ -159,9 +165,6 @@ def test_a_name_of_ours_is_refused_before_ours_are_loaded(tmp_path):
     """Whatever the load order: the plug-in asks for the catalogue first."""
     path = tmp_path / "taken.py"
     path.write_text(DUO.replace('"duo"', '"prenorm"'), encoding="utf-8")
-    import subprocess
-    import sys
-
     code = "import sys; from addnorm.plugins import load_plugins; load_plugins([sys.argv[1]])"
     done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
     assert done.stderr.endswith(
@@ -212,7 +215,7 @@ def test_on_the_meta_device_a_start_is_not_looked_at():
         (
             RETURN,
             "x += f\n        return x, m",
-            "forward of the wiring duo at connection 0 changes",
+            "forward of the wiring duo at connection 0 ch",
         ),
         (CALL, f"x.mul_(0.5)\n        {CALL}", "changes the stream in place; make a new tensor"),
         (RETURN, "m", "must return a tensor (..., 8) or a tuple of them; it returned NoneType"),
@@ -301,22 +304,7 @@ def test_xray_training_and_the_catalogue_say_it(capsys, tmp_path, monkeypatch):
         """),
         encoding="utf-8",
     )
-    small = [
-        "--wiring",
-        "duo",
-        "--depth",
-        "2",
-        "--dim",
-        "8",
-        "--heads",
-        "2",
-        "--context",
-        "8",
-        "--steps",
-        "2",
-        "--batch",
-        "2",
-    ]
+    small = ["--wiring", "duo", "--depth", "2", "--dim", "8", "--heads", "2", "--steps", "2"]
     wanted = "forward of the wiring duo at connection 0 must call self.branch once; it did so 2"
     for argv in (["xray", "net.py:model"], ["wirings", "duo"], ["train", *small, "--out", "r"]):
         assert main([*argv, "--plugins", "twice.py"]) == 2
@@ -338,9 +326,8 @@ def test_no_diagram_and_no_verdict_that_nobody_stated():
     define()
     facts = facts_of("duo")
     assert (facts["diagram"], facts["verified"]) == ("", None)
-    define(
-        ("year = 2026", 'year = 2026; from addnorm.contract import Drawing; drawing = Drawing("N")')
-    )
+    drawn = 'from addnorm.contract import Drawing; drawing = Drawing("N")'
+    define(("year = 2026", f"year = 2026; {drawn}"))
     assert "N ── F" in facts_of("duo")["diagram"]
     assert facts_of("prenorm", brief=True)["verified"] is True
 
