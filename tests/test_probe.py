@@ -21,8 +21,8 @@ from addnorm import (
     xray,
 )
 from addnorm.files import finite
+from addnorm.probe.measures import effective_rank, similarity
 from addnorm.probe.trace import Connection
-from addnorm.probe.vitals import effective_rank, similarity
 
 VOCABULARY = 11
 
@@ -388,7 +388,7 @@ def in_place(x, branch):
         (in_place, lambda x, f: f(x)),
         (lambda x, f: torch.add(x, f(x), alpha=0.1), lambda x, f: 0.1 * f(x)),
         (lambda x, f: x + 0.5 * f(x) * 3, lambda x, f: 1.5 * f(x)),
-        (lambda x, f: x + torch.cat([f(x)[:, :2], f(x)[:, 2:]], 1), lambda x, f: f(x)),
+        (lambda x, f: x + torch.cat(f(x).split(2, 1), 1), lambda x, f: f(x)),
     ],
     ids=["skip first", "branch first", "in place", "alpha", "scaled", "through a list"],
 )

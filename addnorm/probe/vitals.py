@@ -24,13 +24,22 @@ from addnorm.probe.discover import discover
 from addnorm.probe.findings import judge, worst_first
 from addnorm.probe.linted import Called, lint_called
 from addnorm.probe.losses import Loss, Progress, call_model, loss_of
+from addnorm.probe.measures import (
+    between_streams,
+    by_feature,
+    cosine,
+    effective_rank,
+    non_finite_in,
+    non_finites,
+    norm,
+    rms,
+    similarity,
+)
 from addnorm.probe.pulse import Pulse
 from addnorm.probe.purity import sharded, untouched, unwrap
 from addnorm.probe.structure import Join, Structure
 from addnorm.probe.tap import Point, Visitor, is_float, tapped
 from addnorm.probe.trace import Connection, Trace
-
-POSITIONS = 256  # sample of positions for the effective rank
 
 # The deeper looks by name: the module of this package and its function.
 DEEP = {
@@ -253,9 +262,9 @@ class Reader(Visitor):
         if not self._sharded:
             self.pulse(k, point)
         with torch.no_grad():
-            values["stream_before"] = _rms(self._level(k, point.stream))
-            values["entered_non_finite"] = _non_finites(_tensors(point.stream))
-            sizes = _by_feature(point.update.detach(), join.features)
+            values["stream_before"] = rms(self._level(k, point.stream))
+            values["entered_non_finite"] = non_finites(_tensors(point.stream))
+            sizes = by_feature(point.update.detach(), join.features)
             values["dead_units"] = (sizes == 0).float().mean()
             if join.kind == "block" and point.skip is not None:
                 self.joined(k, point.skip.detach(), point.update.detach())
@@ -264,11 +273,11 @@ class Reader(Visitor):
     def joined(self, k: int, skip: Tensor, update: Tensor) -> None:
         """Note how large the update is beside the skip, and how it lies to it."""
         values = self.readings[k].values
-        below, above = _norm(skip), _norm(update)
+        below, above = norm(skip), norm(update)
         values["branch_share"] = torch.where(below > 0, above / below, torch.nan)
         update = update.expand_as(skip) if update.shape != skip.shape else update
         inner = torch.dot(skip.flatten().float(), update.flatten().float())
-        values["branch_cosine"] = inner / (below * _norm(update))
+        values["branch_cosine"] = inner / (below * norm(update))
 
     def after(self, k: int, out: Any) -> None:
         """Note the stream that leaves, probe the Jacobian, and wait for the gradients."""
@@ -277,8 +286,8 @@ class Reader(Visitor):
         entered, left = _tensors(stream), _tensors(out)
         before, now = self._present(k, stream), self._present(k, out)
         with torch.no_grad():
-            values["stream_after"] = _rms(self._level(k, out))
-            values["left_non_finite"] = _non_finites(left)
+            values["stream_after"] = rms(self._level(k, out))
+            values["left_non_finite"] = non_finites(left)
             if now is not None:
                 axis = join.features if join.kind == "add" else -1
                 rows = now.detach().movedim(axis, -1) if now.dim() > 1 else now.detach()
@@ -286,8 +295,8 @@ class Reader(Visitor):
                 values["effective_rank"] = effective_rank(rows)
                 if before is not None and before.shape == now.shape:
                     was = before.detach().movedim(axis, -1) if now.dim() > 1 else before.detach()
-                    values["stream_cosine"] = _cosine(was, rows)
-                values["streams_cosine"] = _between_streams(out, now)
+                    values["stream_cosine"] = cosine(was, rows)
+                values["streams_cosine"] = between_streams(out, now)
         self._probe(k, stream, out, entered, left)
         self._listen(reading, "before", entered)
         self._listen(reading, "after", left)
@@ -346,9 +355,9 @@ class Reader(Visitor):
             )
         with torch.no_grad():
             back = sum(
-                (_norm(g).square() for g in pulled if g is not None), torch.zeros((), device="cpu")
+                (norm(g).square() for g in pulled if g is not None), torch.zeros((), device="cpu")
             )
-            size = sum((_norm(v).square() for v in vectors), torch.zeros((), device="cpu"))
+            size = sum((norm(v).square() for v in vectors), torch.zeros((), device="cpu"))
             values["gain_backward"] = (back / size).sqrt()
             ratio = sum(t.numel() for t in outs) / sum(t.numel() for t in ins)
             values["gain_forward"] = (back / size * ratio).sqrt()
@@ -374,9 +383,9 @@ class Reader(Visitor):
 
         def note(gradient: Tensor) -> None:
             if not self._probing:
-                norm = _norm(gradient.detach())
-                reading.squares[when].append(norm.square())
-                reading.lost.append(_non_finite_in(gradient, norm))
+                length = norm(gradient.detach())
+                reading.squares[when].append(length.square())
+                reading.lost.append(non_finite_in(gradient, length))
 
         for tensor in tensors:
             reading.counts[when] += tensor.numel()
@@ -406,105 +415,3 @@ def _newest(wiring: Wiring, stream: Any, out: Any) -> list[tuple[Tensor, Tensor]
     before, after = wiring.present(stream), wiring.present(out)
     own = any(t is before for t in _tensors(stream)) and any(t is after for t in _tensors(out))
     return [(before, after)] if own else None
-
-
-def _norm(x: Tensor) -> Tensor:
-    """Return the Euclidean norm of all elements, summed in float32."""
-    norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.float32)
-    return norm
-
-
-def _rms(tensors: list[Tensor]) -> Tensor | float:
-    count = sum(t.numel() for t in tensors)
-    if not count:
-        return math.nan
-    squares = torch.stack([_norm(t.detach()).square() for t in tensors]).sum()
-    return (squares / count).sqrt()
-
-
-def _non_finites(tensors: list[Tensor]) -> Tensor | int:
-    return sum((_non_finite_in(t.detach(), _norm(t.detach())) for t in tensors), torch.zeros(()))
-
-
-def _non_finite_in(x: Tensor, norm: Tensor) -> Tensor:
-    """Count the values that are not finite; on a CPU only where the norm says that there are some.
-
-    Elsewhere asking for the norm would wait for the device.
-    """
-    if x.device.type == "cpu" and math.isfinite(norm):
-        return torch.zeros(())
-    return (~torch.isfinite(x)).sum()
-
-
-def _by_feature(x: Tensor, features: int) -> Tensor:
-    """Return the sum of absolute values of each feature over all positions."""
-    if x.dim() < 2:
-        return x.abs()
-    return x.abs().sum(dim=[i for i in range(x.dim()) if i != features % x.dim()])
-
-
-# Written with sums over the last axis: norms and cosines of torch take up to a hundred times as
-# long where that axis is not the innermost in memory, as in images.
-
-
-def _scaled(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return rows whose largest value is 1, and 1 / their norm, 0 for a row of zeros.
-
-    The squares of a stream near 1e-20 would underflow.
-    """
-    x = x.detach().float()
-    size = x.abs().amax(dim=-1, keepdim=True)
-    x = x / torch.where(size > 0, size, 1)
-    squares = x.square().sum(dim=-1)
-    return x, torch.where(squares > 0, squares.rsqrt(), 0)
-
-
-def _cosine(one: Tensor, two: Tensor) -> Tensor:
-    """Return the mean cosine between the rows of two tensors; with a row of zeros it is 0."""
-    (one, unit_one), (two, unit_two) = _scaled(one), _scaled(two)
-    return ((one * two).sum(dim=-1) * unit_one * unit_two).mean()
-
-
-@torch.no_grad()
-def similarity(x: Tensor) -> Tensor | float:
-    """Return the mean cosine between different positions: T of `(B, T, D)`, rows of `(B, D)`."""
-    if x.dim() < 2:
-        return math.nan
-    x = x.unsqueeze(0) if x.dim() == 2 else x.flatten(1, -2)  # (B, T, D)
-    T = x.shape[1]
-    if T < 2:
-        return math.nan
-    x, unit = _scaled(x)
-    together = (unit[:, None] @ x).square().sum(dim=(1, 2))  # all cosines, T ones among them
-    alone = (unit > 0).sum(dim=1)
-    return ((together - alone) / (T * (T - 1))).mean()
-
-
-@torch.no_grad()
-def effective_rank(x: Tensor, positions: int = POSITIONS) -> Tensor | float:
-    """Return the participation ratio of the spectrum of `x (..., D)` as positions x width.
-
-    `(sum s^2)^2 / sum s^4` over the singular values s: between 1 and the smaller side. At most
-    `positions` rows count, evenly spread over all of them. Streams of one row have no spectrum.
-    """
-    if x.dim() < 2:
-        return math.nan
-    rows = x.detach().flatten(0, -2)
-    if len(rows) > positions:
-        rows = rows[torch.linspace(0, len(rows) - 1, positions, device=x.device).long()]
-    rows = rows.float()
-    size = rows.abs().amax()  # before squares that would underflow
-    rows = torch.where(size > 0, rows / size, rows)
-    gram = rows @ rows.mT if len(rows) < rows.shape[1] else rows.mT @ rows
-    return gram.trace().square() / gram.square().sum()
-
-
-def _between_streams(stream: Any, now: Tensor) -> Tensor | float:
-    """Return the mean cosine between the streams, at the same position, where there are several."""
-    if isinstance(stream, Tensor) and stream.dim() == now.dim() + 1:  # (..., n, D)
-        return similarity(stream.detach().flatten(0, -3))
-    if isinstance(stream, tuple | list) and len(stream) > 1:
-        parts = [t.detach() for t in stream if isinstance(t, Tensor) and t.shape == now.shape]
-        if len(parts) == len(stream):
-            return similarity(torch.stack(parts, dim=-2).flatten(0, -3))
-    return math.nan
