@@ -25,7 +25,7 @@ import torch
 from addnorm import __version__
 from addnorm.contract import parse_spec, unknown
 from addnorm.data.sets import DataConfig, Dataset, load_data, reload_data
-from addnorm.files import locked, read_json, write_json
+from addnorm.files import finite, locked, read_json, write_json
 from addnorm.models.gpt import GPTConfig
 from addnorm.models.mlp import MLPConfig
 from addnorm.models.resnet import ResNetConfig
@@ -358,8 +358,8 @@ def _train_cell(
         "start_rule": start_of(cell.model),
         "curve": [[row.step, row.loss, row.seconds] for row in run.evaluations],
         "losses": [[i + 1, run.losses[i]] for i in range(0, len(run.losses), every)],
-        "start": start.to_dict(),
-        "end": end.to_dict(),
+        "start": finite(start.to_dict()),  # the same whether kept or read again
+        "end": finite(end.to_dict()),
     }
     if folder is not None:
         write_json(folder / "cells" / f"{cell.key}.json", result)

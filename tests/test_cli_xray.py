@@ -158,7 +158,7 @@ REFUSED = [
     (["own.py:modle"], "own.py has no function 'modle'; did you mean 'model'?"),
     (["own.py:picky"], "own.py:picky returns a model alone, and no inputs were found for it (4 "
      "windows of 16 random vectors: KeyError: 'not like this'); return (model, inputs)"),
-    (["own.py:missing"], "No module named 'a_package_that_nobody_has'"),
+    (["own.py:missing"], "own.py:missing failed: ModuleNotFoundError: No module named 'a_pa"),
     (["own.py:model", "--text", "own.py"], "--text goes with a run or a Hugging Face folder"),
     (["own.py:model", "--deep", "lesions"], "unknown deeper look 'lesions'; did you mean 'lesion'"),
     (["own.py:model", "--budget", "0"], "budget 0 must be above 0 seconds"),
@@ -395,4 +395,4 @@ def test_weights_that_do_not_fit_are_refused(capsys, here):
     tensors.pop("transformer.ln_f.weight")
     save_file(tensors, here / "hf" / "model.safetensors", {"format": "pt"})
     message = refused(capsys, "xray", "hf")
-    assert "ValueError: transformer.ln_f.weight is missing, one of 1 tensors" in message
+    assert message.startswith("transformer.ln_f.weight is missing, one of 1 tensors")

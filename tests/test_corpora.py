@@ -182,7 +182,7 @@ def test_any_file_is_bytes(settled):
         assert data.bytes_per_token == 1.0
         with pytest.raises(ValueError, match="is not UTF-8"):
             load_text("noise.bin", 16)
-    with pytest.raises(ValueError, match=r"'noise\.bin' is not UTF-8; read it with"):
+    with pytest.raises(ValueError, match=r"'noise\.bin' is not UTF-8; read it as"):
         TextData(load_corpus("noise.bin", binary=True), 16)
 
 
