@@ -44,7 +44,7 @@ TESTS = [
     *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_catalogue_*.py")),
 ]
 SOURCES = {  # file: the functions to mutate, None for all
-    **dict.fromkeys(["norm.py", "scale.py", "memory.py", "streams.py"]),
+    **dict.fromkeys(["norm.py", "scale.py", "memory.py", "streams.py", "inversion.py"]),
     "../branches.py": ["keep_mask", "DropPath", "drop"],
 }
 NAMED = ("forward", "open", "close", "reset_parameters")  # counted by themselves as well
@@ -89,17 +89,17 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         )
     },
     (
-        "_Inverted.forward",
+        "Inverted.forward",
         "if ctx.random and _equal(states, ctx.random[-1])",
         "if ctx.random and _equal(ctx.random[-1], states)",
     ): "equality is symmetric",
     (
-        "_Inverted.backward",
+        "Inverted.backward",
         "a = a.detach().requires_grad_()",
         "a = a.requires_grad_()",
     ): "nothing is recorded there",
     (
-        "_Inverted.backward",
+        "Inverted.backward",
         "own = [p.detach().requires_grad_() for p in parameters[count:]]",
         "own = [p.requires_grad_() for p in parameters[count:]]",
     ): "the parameters require gradients already",
@@ -213,13 +213,13 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "a pair has two",
     ("Reversible.present", "return stream[1]", "return stream[-1]"): "a pair has two",
     **{
-        ("_Inverted.backward", "a, b = (b - f.detach(), a.detach())", after): (
+        ("Inverted.backward", "a, b = (b - f.detach(), a.detach())", after): (
             "a backward pass records nothing, and a is detached again in front of each connection"
         )
         for after in ("a, b = (b - f, a.detach())", "a, b = (b - f.detach(), a)")
     },
     (
-        "_Inverted.forward",
+        "Inverted.forward",
         "device = pair[0].device.type",
         "device = pair[1].device.type",
     ): "both lie on one device",

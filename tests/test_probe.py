@@ -616,7 +616,13 @@ def test_several_streams_are_measured_over_all():
 def test_every_part_is_told_and_an_unknown_look_is_answered():
     told = []
     xray(Residual(), torch.randn(2, 4), progress=lambda done, total: told.append((done, total)))
-    assert told == [(1, 2), (2, 2)]
+    assert told == [(100, 200), (200, 200)]
+    told.clear()
+    model = gpt("prenorm")
+    xray(model, *batch(), deep=("lens",), progress=lambda *at: told.append(at))
+    assert told == sorted(told)
+    assert told[-1] == (300, 300)
+    assert len(told) > 5  # every depth of the lens is told
     with pytest.raises(ValueError, match="unknown deeper look 'leson'"):
         xray(Residual(), torch.randn(2, 4), deep=("leson",))
 

@@ -13,7 +13,7 @@ from addnorm.cli.parsing import Lang, emit_json, messages, results
 from addnorm.contract import unknown
 from addnorm.probe.trace import Trace
 from addnorm.probe.trace_comparison import TraceComparison, compare_traces
-from addnorm.probe.vitals import DEEP, xray
+from addnorm.probe.vitals import DEEP, PART, xray
 from addnorm.reports.trace_table import compared, rendered
 from addnorm.targets import load_target
 
@@ -94,7 +94,8 @@ def _trace(options: Options) -> Trace:
         parts = ("measuring", *options.deep, "done")
 
         def progress(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total, description=parts[min(done, total) - 1])
+            name = parts[max(0, min(done // PART, len(parts)) - 1)]
+            bar.update(task, completed=done, total=total, description=name)
 
         bar.update(task, description="finding connections")
         trace = xray(

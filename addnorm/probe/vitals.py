@@ -41,6 +41,8 @@ from addnorm.probe.structure import Join, Structure
 from addnorm.probe.tap import Point, Visitor, is_float, tapped
 from addnorm.probe.trace import Connection, Trace
 
+PART = 100  # steps of the progress for each part: discovery, vitals, every deeper look
+
 # The deeper looks by name: the module of this package and its function.
 DEEP = {
     "lesion": ("lesion", "lesions"),
@@ -70,9 +72,10 @@ def xray(
     else the inner product of the output with a fixed random direction; the trace says which.
     `blocks`: a glob over module names in place of the search. `deep`: names of deeper looks, see
     `DEEP`, each with `budget` seconds. `seed` draws the probe vectors. `progress(done, total)` is
-    called after each part. The model runs twice forward, without compilation or activation
-    checkpoints, and once back, with one vector-Jacobian product at each connection; gradients,
-    modes, random states, buffers and hooks are as before afterwards, also after an error.
+    called after each part, `PART` steps long, and within the deeper looks. The model runs twice
+    forward, without compilation or activation checkpoints, and once back, with one vector-Jacobian
+    product at each connection; gradients, modes, random states, buffers and hooks are as before
+    afterwards, also after an error.
 
     The findings (`findings.FINDINGS`) hold the vitals against the law of the wiring at this depth.
     A branch that seems dead in training is looked at again in evaluation, which is one more forward
@@ -89,11 +92,11 @@ def xray(
         if name not in DEEP:
             raise ValueError(unknown("deeper look", name, DEEP))
     model = unwrap(model)
-    total = 2 + len(deep)
+    total = PART * (2 + len(deep))
     told = progress or (lambda _done, _total: None)
     with checked(model):
         structure = discover(model, inputs, blocks)
-    told(1, total)
+    told(PART, total)
     reader = Reader(model, structure, seed)
     called = Called(model, structure)
     value, kind = _measure(model, structure, reader, called, inputs, targets, loss)
@@ -106,9 +109,13 @@ def xray(
         dead=_still_dead(model, structure, inputs, reader.pulse.dead),
     )
     linted, note = lint_called(called, seed)
-    told(2, total)
+    told(2 * PART, total)
     looks: dict[str, Any] = {}
-    for done, name in enumerate(deep, 3):
+    for number, name in enumerate(deep, 2):
+
+        def part(done: int, whole: int, before: int = number * PART) -> None:
+            told(before + PART * done // max(whole, 1), total)
+
         looks[name] = _look(
             name,
             model=model,
@@ -118,8 +125,9 @@ def xray(
             structure=structure,
             budget=budget,
             seed=seed,
+            progress=part,
         )
-        told(done, total)
+        told((number + 1) * PART, total)
     return Trace(
         model=type(model).__name__,
         wiring=structure.wiring,

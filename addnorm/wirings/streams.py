@@ -12,17 +12,16 @@ import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import get_device_states, set_device_states
 
 from addnorm.branches import Branch, Context, Site, wide
 from addnorm.contract import Drawing, Group, Wiring, register
+from addnorm.wirings.inversion import Inverted, Pair
 
 Owner = TypeVar("Owner")
 Result = TypeVar("Result")
@@ -665,9 +664,6 @@ class GatedResidual(Wiring):
         nn.init.normal_(self.write.weight, std=0.02)
 
 
-Pair = tuple[Tensor, Tensor]
-
-
 @register
 class Reversible(Wiring):
     """(a, b) <- (b, a + F(N(b))): two streams in turn, whose past can be computed back.
@@ -677,9 +673,9 @@ class Reversible(Wiring):
     and end as their mean. In training the stack keeps no activations: on the way back each
     connection inverts itself, so activation memory does not grow with depth (but for 5 KB where a
     branch draws random numbers), for one more forward pass and some rounding (float32: gradients to
-    1e-5; bfloat16: twice the usual error). It takes
-    the plain path under the compiler, where no gradient is recorded, with a key-value cache, under
-    torch.func's transforms, and for parameters sharded by FSDP2. A branch runs twice a step: one
+    1e-5; bfloat16: twice the usual error). It takes the plain path under the compiler, where no
+    gradient is recorded, with a key-value cache, under torch.func's transforms, and for parameters
+    sharded by FSDP2. A branch runs twice a step: one
     that counts its calls (batch norm's running statistics) counts both, one that leaves values for
     later branches is refused, and a tensor that it holds beside its parameters gets no gradient.
     Under DDP all gradients arrive at once, at the end. Forward-mode differentiation and a second
@@ -735,87 +731,10 @@ class Reversible(Wiring):
             return plain
         names = [list(named) for named in own]
         inputs = (connections, names, context, *stream, *parameters)
-        done: Pair = _Inverted.apply(*inputs)  # type: ignore[no-untyped-call]
+        done: Pair = Inverted.apply(*inputs)  # type: ignore[no-untyped-call]
         if context.values:
             raise ValueError(
                 "reversible computes each branch again by itself; "
                 f"a branch that leaves {', '.join(context.values)} for later ones cannot be used"
             )
         return done
-
-
-class _Inverted(torch.autograd.Function):
-    """The reversible loop: forward keeps the last pair, backward computes the others back.
-
-    `names` are those of the parameters that follow the pair, by connection. They are saved like
-    any tensor, so that autograd sees when one is changed before the way back.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        connections: list[Wiring],
-        names: list[list[str]],
-        context: Context,
-        a: Tensor,
-        b: Tensor,
-        *parameters: Tensor,
-    ) -> Pair:
-        pair, device = (a, b), a.device.type
-        ctx.connections, ctx.names, ctx.context = connections, names, context
-        ctx.autocast = None
-        if torch.amp.is_autocast_available(device):
-            ctx.autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        ctx.random = []
-        for connection in connections:
-            states = (torch.get_rng_state(), *get_device_states(a))
-            if ctx.random and _equal(states, ctx.random[-1]):
-                states = ctx.random[-1]  # where nothing is drawn, one copy for all
-            ctx.random.append(states)
-            pair = connection(pair, context)
-        ctx.save_for_backward(*pair, *parameters)
-        return pair
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (a, b, *parameters), (grad_a, grad_b) = ctx.saved_tensors, gradients
-        found: list[Tensor | None] = []
-        steps = zip(ctx.connections, ctx.names, ctx.random, strict=True)
-        # (a, b) is what a connection returned, (b - F(N(a)), a) what it got.
-        for connection, names, random in reversed(list(steps)):
-            a = a.detach().requires_grad_()
-            count = len(parameters) - len(names)
-            own = [p.detach().requires_grad_() for p in parameters[count:]]
-            del parameters[count:]
-            with torch.enable_grad(), _as_before(a, random, ctx.autocast):
-                swapped = dict(zip(names, own, strict=True))
-                pair = (torch.zeros_like(b), a)
-                _, f = torch.func.functional_call(connection, swapped, (pair, ctx.context))
-            through: Tensor | None = None
-            of_own: Sequence[Tensor | None] = [None] * len(own)
-            if f.requires_grad:
-                through, *of_own = torch.autograd.grad(f, [a, *own], grad_b, allow_unused=True)
-            found[:0] = of_own
-            grad_a, grad_b = grad_b, grad_a if through is None else grad_a + through
-            a, b = b - f.detach(), a.detach()
-        return None, None, None, grad_a, grad_b, *found
-
-
-def _equal(states: Any, others: Any) -> bool:
-    """Whether two states of the generators, (CPU, devices, of each device), are the same."""
-    return all(map(torch.equal, (states[0], *states[2]), (others[0], *others[2])))
-
-
-@contextlib.contextmanager
-def _as_before(x: Tensor, random: Any, autocast: tuple[bool, torch.dtype] | None) -> Iterator[None]:
-    """Draw the same random numbers again, so that dropout falls on the same places, in autocast."""
-    cpu, devices, states = random
-    kind = x.device.type
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices, device_type=kind if devices else "cuda"))
-        torch.set_rng_state(cpu)
-        set_device_states(devices, states, device_type=kind)
-        if autocast is not None:
-            stack.enter_context(torch.autocast(kind, dtype=autocast[1], enabled=autocast[0]))
-        yield
