@@ -143,6 +143,33 @@ HF = {
         text,
         6,
     ),
+    # A scan and D x are added inside the branch.
+    "mamba": (
+        lambda: transformer(
+            "MambaModel",
+            "MambaConfig",
+            vocab_size=50,
+            hidden_size=16,
+            num_hidden_layers=3,
+            state_size=4,
+        ),
+        lambda: {"input_ids": tokens()},
+        [f"layers.{i}.mixer" for i in range(3)],
+    ),
+    # Two kinds of attention scores are added inside the branch.
+    "xlnet": (
+        lambda: transformer(
+            "XLNetModel",
+            "XLNetConfig",
+            vocab_size=50,
+            d_model=16,
+            n_layer=3,
+            n_head=2,
+            d_inner=32,
+        ),
+        text,
+        [f"layer.{i}.{part}" for i in range(3) for part in ("rel_attn", "ff")],
+    ),
     # One layer called three times.
     "albert": (
         lambda: transformer(
@@ -189,6 +216,7 @@ def test_transformers(name):
         ("vit_small_patch16_224", 24, 0, {"img_size": 32}),
         ("convnext_tiny", 18, 0, {}),
         ("mixer_b16_224", 24, 0, {"img_size": 32}),
+        ("mvitv2_tiny", 20, 3, {"img_size": 64}),  # pooled queries are added inside attention
     ],
 )
 def test_timm(name, count, projected, options):

@@ -565,6 +565,11 @@ class Graph:
             return False
         if not self.ancestors[found.stream] >> outer.stream & 1:
             return True  # it adds what comes from outside the branch: a mask, earlier values
+        chains = self.record.chains
+        if _block_call(chains[outer.node]) == _block_call(chains[found.node]) is not None:
+            return (
+                True  # of one block: no stream of its own, such as a scan's D x or pooled queries
+            )
         inner = (j for j in accepted if self.within(j.node, outer))
         return found.projected and not any(
             self.record.reach[j.skip] >> found.node & 1 for j in inner
@@ -834,12 +839,16 @@ def _convolves(graph: Graph, found: Found) -> bool:
     return place is not None and place.function.startswith("conv")
 
 
+def _block_call(chain: Chain) -> tuple[str, int] | None:
+    """Return the innermost module call that is one of a list."""
+    calls = (call for call in reversed(chain) if call[0].rpartition(".")[2].isdigit())
+    return next(calls, None)
+
+
 def _block(chain: Chain) -> str:
-    """Return the innermost module call that is one of a list, else the innermost."""
-    for path, _ in reversed(chain):
-        if path.rpartition(".")[2].isdigit():
-            return path
-    return chain[-1][0] if chain else ""
+    """Return the name of the block that a chain of calls ends in, else the innermost module."""
+    call = _block_call(chain) or (chain[-1] if chain else ("", 0))
+    return call[0]
 
 
 def _named(graph: Graph, found: list[Found], joins: list[tuple[int, Join]]) -> Iterator[Join]:
