@@ -218,25 +218,23 @@ class DropPath(nn.Module):
             return update
         return update * keep_mask(update, 1 - self.rate) / (1 - self.rate)
 
-    def returned(self, _module: nn.Module, _args: object, out: Tensor) -> Tensor:
-        """Drop what a module returns, as its forward hook."""
+    def drop(self, connection: nn.Module) -> None:
+        """Drop what a connection adds: what `norm_out` returns where it has one, else its branch.
+
+        A norm behind the addition, a gate or the |f| of deep-delta act on what is left of it. The
+        names of all tensors stay as they are.
+        """
+        connection.drop_path = self
+        added = "norm_out" if hasattr(connection, "norm_out") else "branch"
+        connection.get_submodule(added).register_forward_hook(self._returned)
+
+    def _returned(self, _module: nn.Module, _args: object, out: Tensor) -> Tensor:
         dropped: Tensor = self(out)
         return dropped
 
     def extra_repr(self) -> str:
         """Show the rate."""
         return f"rate={self.rate:g}"
-
-
-def drop(connection: nn.Module, rate: float) -> None:
-    """Give a connection stochastic depth: what it adds is dropped, after a `norm_out` it may have.
-
-    A norm behind the addition, a gate or the |f| of deep-delta act on what is left of it. The names
-    of all tensors stay as they are.
-    """
-    connection.drop_path = DropPath(rate)
-    added = connection.get_submodule("norm_out" if hasattr(connection, "norm_out") else "branch")
-    added.register_forward_hook(connection.drop_path.returned)
 
 
 # -- named starts: how the matrices of a branch begin ------------------------------------------

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from addnorm import branches
-from addnorm.branches import STARTS, Branch, Context, Map, Site, Wrapped, drop, sharded
+from addnorm.branches import STARTS, Branch, Context, DropPath, Map, Site, Wrapped, sharded
 from addnorm.plugins import own_code
 
 Stream = Any  # a tensor (..., D) or (..., n, D), or a tuple: one stream, several, or history
@@ -219,7 +219,7 @@ class Stack(nn.Module):
             site = Site(dim, index, count, parts, norm, start, device, dtype, before, total)
             connection = self.spec.build(branch, site)
             if drop_path:
-                drop(connection, drop_path * site.layer / max(site.layers - 1, 1))
+                DropPath(drop_path * site.layer / max(site.layers - 1, 1)).drop(connection)
             made.append(connection)
         self.connections = nn.ModuleList(made)
         self.observed = False  # True: the plain loop, so that hooks see every connection

@@ -45,7 +45,7 @@ TESTS = [
 ]
 SOURCES = {  # file: the functions to mutate, None for all
     **dict.fromkeys(["norm.py", "scale.py", "memory.py", "streams.py", "inversion.py"]),
-    "../branches.py": ["keep_mask", "DropPath", "drop"],
+    "../branches.py": ["keep_mask", "DropPath"],
 }
 NAMED = ("forward", "open", "close", "reset_parameters")  # counted by themselves as well
 UNDECORATED = "undecorated"  # the rule that leaves a decorator out

@@ -577,6 +577,16 @@ def test_drop_path_keeps_the_expectation():
     assert per_sample.mean().item() == pytest.approx(1, abs=4 * (0.3 / 0.7 / 20_000) ** 0.5)
 
 
+def test_a_rate_of_0_draws_nothing_and_a_rate_of_1_is_refused():
+    x = stream(2, 2)
+    before = torch.get_rng_state()
+    assert torch.equal(DropPath(0.0).train()(x), x)
+    assert torch.equal(torch.get_rng_state(), before)
+    for rate in (-0.1, 1.0):
+        with pytest.raises(ValueError, match=f"drop_path {rate} must be at least 0 and less than"):
+            DropPath(rate)
+
+
 @pytest.mark.parametrize(
     "spec", ["prenorm", "sandwich", "peri", "reordered", "rezero", "layerscale", "hyper", "mhc"]
 )
@@ -586,6 +596,7 @@ def test_what_is_added_keeps_its_expectation(spec):
     The norm behind a branch stands before the drop, or it would take the rescaling back.
     """
     one = randomised(stack(spec, 2, drop_path=0.5))
+    assert all(isinstance(connection.drop_path, DropPath) for connection in one)
     x = stream(1, 2)
     draws = one.train()(x.expand(4000, 2, DIM)).detach()
     whole = one.eval()(x).detach()
@@ -598,6 +609,7 @@ def test_what_is_added_keeps_its_expectation(spec):
 def test_drop_path_is_off_in_evaluation(spec):
     """In evaluation a stack with stochastic depth is the stack without, and in training not."""
     dropped = randomised(stack(spec, drop_path=0.5))
+    assert isinstance(next(iter(dropped)).drop_path, DropPath)
     full = randomised(stack(spec))
     full.load_state_dict(dropped.state_dict())  # and its tensors have the same names
     x = stream(64, 3)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from addnorm import branches
-from addnorm.branches import STARTS, Branch, Context, Matrix, Site, drop
+from addnorm.branches import STARTS, Branch, Context, DropPath, Matrix, Site
 from addnorm.contract import Stack, Wiring, options_of, parse_spec, unknown
 from addnorm.groups import parameter_groups
 from addnorm.norms import BATCH_NORMS, BatchNormName
@@ -449,7 +449,7 @@ class ResNet(nn.Module):
             lead = norm(inputs) if not p.original and place else None  # the stem activates
             joint = Change(branch, shortcut, site, lead=lead, act=p.act)
             if config.drop_path:
-                drop(joint, config.drop_path * place / max(total - 1, 1))
+                DropPath(config.drop_path * place / max(total - 1, 1)).drop(joint)
             return joint
 
         made: list[nn.Module] = []
