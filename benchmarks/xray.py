@@ -223,7 +223,7 @@ def lesion_gains(
     name: str, options: argparse.Namespace, device: torch.device, neighbours: Neighbours
 ) -> dict[str, Any]:
     """Time all single lesions, and all pairs, against the loop (C6)."""
-    batch = max(1, BATCH[name] // 8)
+    batch = options.lesion_batch or max(1, BATCH[name] // 8)
     model, x, y = (v.to(device) for v in networks()[name](batch))
     model.eval()
     structure = discover(model, x)
@@ -334,6 +334,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=PARTS, default=None)
     parser.add_argument("--network", nargs="+", choices=list(networks()), default=None)
+    parser.add_argument("--lesion-batch", type=int, default=0, help="0: an eighth of the report's")
     parser.add_argument("--quick", action="store_true", help="3 rounds, no pairs")
     parser.add_argument("--rounds", type=int, default=None)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
