@@ -1,13 +1,12 @@
 """`watch` and `xray` under DDP and FSDP2: two real processes, gloo, against one process."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import joined, two_processes
 from torch import nn
 
 from addnorm import GPT, GPTConfig, watch, xray
@@ -133,32 +132,11 @@ def process(rank, kind, how):
     }
 
 
-def main(rank, folder):
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    for kind in ("ours", "foreign"):
-        for how in ("ddp", "fsdp"):
-            seen = process(rank, kind, how)
-            write_json(Path(folder) / f"{kind}-{how}-{rank}.json", seen)
-    torch.distributed.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     """What two processes saw, by model, wrapper and rank."""
     folder = tmp_path_factory.mktemp("distributed")
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "error::UserWarning:addnorm", __file__]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(folder)], env=environment, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    for one in processes:
-        _, errors = one.communicate(timeout=240)
-        assert one.returncode == 0, errors[-3000:]
+    two_processes(__file__, folder)
     return {p.stem: json.loads(p.read_text()) for p in folder.glob("*.json")}
 
 
@@ -203,4 +181,8 @@ def test_an_x_ray_of_a_wrapped_model_is_that_of_the_model(seen, kind, how, rank)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+    with joined(rank, folder):
+        for kind in ("ours", "foreign"):
+            for how in ("ddp", "fsdp"):
+                write_json(folder / f"{kind}-{how}-{rank}.json", process(rank, kind, how))

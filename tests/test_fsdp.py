@@ -1,11 +1,10 @@
 """The whole catalogue under FSDP2: two real processes, gloo, against the unsharded model."""
 
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
+from ranks import joined, two_processes
 from test_wirings import OURS, randomised
 
 from addnorm.contract import Stack
@@ -61,36 +60,13 @@ def hold(name):
         )  # fmt: skip
 
 
-def main(rank, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
-    )
-    for name in OURS:
-        print(f"wiring {name}", file=sys.stderr, flush=True)
-        hold(name)
-    torch.distributed.destroy_process_group()
-    print("done", file=sys.stderr)
-
-
 @pytest.mark.slow
 def test_every_wiring_sharded_is_the_unsharded_one(tmp_path):
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(tmp_path)],
-            env=environment, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=240)
-            assert process.returncode == 0, errors[-3000:]
-    finally:
-        for process in processes:
-            process.kill()
+    two_processes(__file__, tmp_path)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    with joined(int(sys.argv[1]), sys.argv[2]):
+        for name in OURS:
+            print(f"wiring {name}", file=sys.stderr, flush=True)
+            hold(name)

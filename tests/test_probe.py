@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from ranks import joined, two_processes
 from torch import nn
 
 from addnorm import (
@@ -637,13 +638,11 @@ def test_pandas_is_asked_for_by_name(monkeypatch):
 # -- wrapped models, in two processes ----------------------------------------------------------
 
 
-def wrapped_worker(rank, path, kind):
+def hold_wrapped(kind):
     """The X-ray of a wrapped model is that of the plain one, and the model trains on."""
-    import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True, dropout=0.0)
     foreign = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
@@ -666,11 +665,14 @@ def wrapped_worker(rank, path, kind):
                 assert getattr(a, field) == pytest.approx(getattr(b, field), rel=1e-4), field
         model(x).sum().backward()
         assert all(p.grad is not None for p in model.parameters())
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_wrapped_models_in_two_processes(kind, tmp_path):
-    torch.multiprocessing.spawn(wrapped_worker, args=(tmp_path / "store", kind), nprocs=2)
+    two_processes(__file__, tmp_path, kind)
+
+
+if __name__ == "__main__":
+    with joined(int(sys.argv[1]), sys.argv[2]):
+        hold_wrapped(sys.argv[3])
