@@ -39,7 +39,8 @@ from torch import nn
 
 from addnorm import GPT, GPTConfig, TrainConfig
 from addnorm.probe.watch import Watch, watch
-from addnorm.training.loop import cross_entropy, make_optimizer, pick_device
+from addnorm.training.loop import make_optimizer, pick_device
+from addnorm.training.objective import cross_entropy
 
 VOCABULARY = 65
 NEVER = 10**9

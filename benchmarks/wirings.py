@@ -42,7 +42,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from addnorm import GPT, GPTConfig
 from addnorm.branches import Context
 from addnorm.contract import Wiring, catalogue, split_specs
-from addnorm.training.loop import cross_entropy, pick_device
+from addnorm.training.loop import pick_device
+from addnorm.training.objective import cross_entropy
 
 VOCABULARY, HEADS = 65, 6
 TURN = 0.5  # seconds, so that the 10 ms ticks by which neighbours are known weigh little

@@ -41,9 +41,12 @@ ALLOWED = {
         "contract", "norms", "data", "files", "models", "plugins", "probe", "reports", "training",
     },
     "targets": {"data", "files", "interop", "plugins", "probe", "runs", "training"},
+    "studies": {
+        "branches", "contract", "data", "files", "models", "norms", "probe", "training", "twins",
+    },
     "cli": {
         "comparison", "contract", "data", "facts", "files", "models", "plugins", "probe", "reports",
-        "runs", "targets", "training",
+        "runs", "studies", "targets", "training",
     },
 }  # fmt: skip
 # Imports inside a function that go against the arrows, each with its reason.

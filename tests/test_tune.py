@@ -6,7 +6,8 @@ from torch import nn
 
 from addnorm import Runtime, TrainConfig
 from addnorm.training import tune as module
-from addnorm.training.loop import cross_entropy, make_optimizer
+from addnorm.training.loop import make_optimizer
+from addnorm.training.objective import cross_entropy
 from addnorm.training.tune import Choice, choice_from, tune
 
 

@@ -16,6 +16,7 @@ COMMANDS = {
     "train": "Train one model on text or images; resumes after any interruption.",
     "sample": "Generate text from a run.",
     "xray": "X-ray a run, a Hugging Face folder, or pkg.module:function returning a model.",
+    "study": "Run the studies: claims about residual connections as experiments with a verdict.",
     "wirings": "Show the catalogue: equation, start, paper.",
     "report": "(Re)build the HTML page from saved results.",
     "data": "List the corpora and image sets, describe texts or images, or build a corpus.",
@@ -26,7 +27,7 @@ NETWORKS = ("compare", "train")  # whose options depend on the network
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code.
 
-    0 fine, 1 a sick verdict of `xray`, 2 bad input, 70 internal error, 130 interrupted.
+    0 fine, 1 a sick verdict of `xray` or a refuted study of `study`, 2 bad input, 70 internal error, 130 interrupted.
     """
     try:
         return _dispatch(list(sys.argv[1:] if argv is None else argv))
@@ -84,8 +85,8 @@ def _overview() -> str:
             *lines,
             "",
             "addnorm COMMAND --help lists the options of a command; --version prints the version.",
-            "Exit codes: 0 fine, 1 the X-ray found something sick, 2 bad input,",
-            "70 internal error, 130 interrupted.",
+            "Exit codes: 0 fine, 1 the X-ray found something sick or a study refuted what the docs",
+            "rely on, 2 bad input, 70 internal error, 130 interrupted.",
         ]
     )
 

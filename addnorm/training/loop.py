@@ -21,11 +21,11 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from addnorm.files import write_json
 from addnorm.training.config import Runtime, TrainConfig
+from addnorm.training.objective import Objective, cross_entropy, logits_of
 from addnorm.training.run import Data, Evaluation, Run, Writer
 from addnorm.training.tune import Choice, tune
 
@@ -78,18 +78,6 @@ class Watcher(Protocol):
         """Write down what was seen."""
 
 
-def cross_entropy(output: Any, targets: Tensor) -> Tensor:
-    """Return the mean cross-entropy in nats of logits `(..., V)`, or of `output.logits`."""
-    logits = logits_of(output)
-    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), targets.reshape(-1))
-
-
-def logits_of(output: Any) -> Tensor:
-    """Return the logits `(..., V)`: the output itself, or its `logits`."""
-    logits: Tensor = output if isinstance(output, Tensor) else output.logits
-    return logits
-
-
 def to_device(batch: tuple[Any, Any], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return a numpy batch as tensors on `device`."""
     inputs, targets = (torch.from_numpy(np.ascontiguousarray(a)) for a in batch)
@@ -132,7 +120,7 @@ def evaluate(run: Run) -> Evaluation:
         for batch in run.data.validation_batches(config.batch, batches):
             inputs, targets = to_device(batch, device)
             output = model(inputs)
-            total += cross_entropy(output, targets).item() * targets.numel()
+            total += run.objective(output, targets).item() * targets.numel()
             count += targets.numel()
             if images:
                 logits = logits_of(output)
@@ -156,8 +144,9 @@ def train_loop(
     resume: bool = False,
     observer: Observer | None = None,
     watcher: Watcher | None = None,
+    objective: Objective = cross_entropy,
 ) -> Run:
-    """Train `model` on `data` and return the run.
+    """Train `model` on `data` to a small `objective` and return the run.
 
     Without `choice` the precision, the compiler and the model's own choices are measured first.
     With `folder` the run writes `metrics.jsonl`, `model.safetensors` and `checkpoint.safetensors`
@@ -176,7 +165,7 @@ def train_loop(
     first = to_device(data.training_batch(config.seed, 0, config.batch), device)
 
     def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
-        return cross_entropy(model(inputs), targets)
+        return objective(model(inputs), targets)
 
     if choice is None:
         choice, loss = tune(model, make_optimizer, loss_of, first, config, runtime, observer.say)
@@ -185,7 +174,7 @@ def train_loop(
     if folder is not None and facts is not None:
         own = {"train": asdict(config), "runtime": asdict(runtime), "choice": asdict(choice)}
         write_json(folder / "config.json", facts | own)
-    run = Run(model, data, config, choice, folder)
+    run = Run(model, data, config, choice, folder, objective)
     writer = Writer(run, optimizer)
     if resume:
         writer.restore()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from addnorm.files import json_line, read_lines, write_json, write_text
 from addnorm.training.checkpoint import TrainState, save_file, weights
 from addnorm.training.config import TrainConfig
+from addnorm.training.objective import Objective, cross_entropy
 from addnorm.training.tune import Choice
 
 
@@ -58,6 +59,7 @@ class Run:
     config: TrainConfig
     choice: Choice
     folder: Path | None = None
+    objective: Objective = cross_entropy
     status: str = "running"  # running, finished, interrupted, diverged
     step: int = 0
     seconds: float = 0.0  # spent in steps, without evaluations and checkpoints

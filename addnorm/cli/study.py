@@ -1,0 +1,73 @@
+"""`addnorm study`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from addnorm.cli.parsing import Lang, emit_json, messages, results
+from addnorm.files import locked
+from addnorm.reports.studies import LiveStudies, print_studies, write_study_pages
+from addnorm.studies import all_studies, find_studies
+from addnorm.studies.running import last_verdicts, run_studies, summary
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of `addnorm study`."""
+
+    names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """studies by name or number; `errata` checks the documents' 47 errata; none lists all"""
+    all: bool = False
+    """run every study; the heavy ones only with --long"""
+    quick: bool = False
+    """fewer seeds and steps; may end INCONCLUSIVE"""
+    long: bool = False
+    """larger grids, and with --all the heavy studies too"""
+    budget: float = math.inf
+    """minutes after which no further training is begun"""
+    jobs: int = 0
+    """processes of one thread each; 0 is one for each CPU core"""
+    out: str = "studies"
+    """folder of cells, results and pages; what is there is not computed again"""
+    json: str = ""
+    """also write the verdicts as a JSON list to this file; - is stdout"""
+    lang: Lang = "en"
+    """language of the tables, and the pages' first one"""
+
+
+def run(options: Options) -> int:
+    """List the studies, or run some and return 1 where one that the docs rely on is refuted."""
+    if options.quick and options.long:
+        raise ValueError("--quick and --long exclude each other")
+    if options.all and options.names:
+        raise ValueError("--all runs every study; leave the names out")
+    if not options.budget > 0:
+        raise ValueError(f"budget {options.budget:g} must be above 0 minutes")
+    if options.jobs < 0:
+        raise ValueError(f"jobs {options.jobs} must be at least 0")
+    out = Path(options.out)
+    studies = [s for s in all_studies() if options.long or not s.heavy]
+    if options.names:
+        studies = find_studies(options.names)
+    elif not options.all:
+        rows = last_verdicts(out)
+        if options.json != "-":
+            print_studies(results(options.json), rows, options.lang)
+        emit_json(rows, options.json)
+        return 0
+    mode = "quick" if options.quick else "long" if options.long else "default"
+    with locked(out), LiveStudies(messages(), options.lang) as live:
+        found = run_studies(
+            studies, mode, out=out, jobs=options.jobs, budget=options.budget, observer=live
+        )
+        write_study_pages(out, options.lang)
+    rows = [summary(result) for result in found]
+    if options.json != "-":
+        print_studies(results(options.json), rows, options.lang)
+    emit_json(rows, options.json)
+    return int(any(row["relied"] and row["verdict"] == "REFUTED" for row in rows))

@@ -1,0 +1,183 @@
+"""ST-03 Degradation: deeper plain networks have a higher training loss, residual ones do not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from addnorm.studies import bench
+from addnorm.studies.frame import (
+    Claim,
+    Contrast,
+    Metric,
+    Mode,
+    Plot,
+    Published,
+    Rows,
+    Study,
+    Words,
+)
+
+DEPTHS = (8, 20, 32, 56)  # layers: input layer, (L - 2) / 2 branches of two, output layer
+NETS = ("plain", "residual")
+WIRINGS = {"plain": "plain(act='relu')", "residual": "postact"}
+
+
+def measure(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """Train one network of two-layer branches with BatchNorm on digits (v1 units of He 2015)."""
+    data = bench.digits()
+    model = bench.mlp(
+        cell["seed"],
+        (cell["depth"] - 2) // 2,
+        WIRINGS[cell["net"]],
+        branch_layers=2,
+        inner_norm="batchnorm",
+        start="he",
+    )
+    parameters = sum(p.numel() for p in model.parameters())
+    settings = bench.SGD | {"lr": cell["rate"], "steps": cell["steps"]}
+    run = bench.trained(model, data, cell["seed"], **settings)
+    train_loss, _ = bench.loss_on(model, *bench.training_set(data))
+    last = run.evaluations[-1]
+    return {
+        "train": train_loss if run.status == "finished" else math.nan,
+        "test": last.loss if run.status == "finished" else math.nan,
+        "error": 1 - last.accuracy if run.status == "finished" else math.nan,
+        "parameters": parameters,
+    }
+
+
+def _decades(rows: Rows, net: str, deep: int = 56, shallow: int = 8) -> float:
+    """Return how many powers of ten the training loss rises from one depth to another."""
+    low, high = (rows.best("train", net=net, depth=d) for d in (shallow, deep))
+    return math.log10(max(high, 1e-6) / max(low, 1e-6))
+
+
+STUDY = Study(
+    id="ST-03",
+    name="degradation",
+    title=Words("Degradation", "退化现象"),
+    question=Words(
+        "Does a deeper plain network fit its training data worse, and does the shortcut cure it?",
+        "没有捷径的网络更深时，训练误差反而更高吗？加上捷径能否消除？",
+    ),
+    design=Words(
+        "Networks of 8, 20, 32 and 56 linear layers, 64 wide, with BatchNorm after every layer, with "
+        "and without the shortcut around each pair of layers (the first unit of He et al. 2015), are "
+        "trained on the digits of scikit-learn for about 20 epochs of SGD with momentum.",
+        "宽 64 的全连接网络，8、20、32、56 层，每层之后有 BatchNorm；每两层之上加或不加捷径"
+        "（He 等 2015 的第一种单元），在 scikit-learn 手写数字上用带动量的 SGD 训练约 20 个周期。",
+    ),
+    controls=Words(
+        "Both networks of a depth have the same parameters, start and batches. The loss is that of all "
+        "training images in evaluation mode, so overfitting cannot explain a rise.",
+        "同一深度的两种网络参数量、初始值与批次次序都相同。所报损失取自全部训练图像（评估模式），"
+        "因此过拟合无法解释损失上升。",
+    ),
+    lesson=Words(
+        "Degradation is a failure to fit the training data. At this size it begins between 8 and 20 "
+        "layers, is severe at 56, and is absent with shortcuts.",
+        "退化是训练数据本身拟合不好，而不是过拟合。在这一规模上，它始于 8 至 20 层之间，56 层时很严重，"
+        "加上捷径后消失。",
+    ),
+    claims=(
+        Claim("1.3", "001", 9, Words(
+            "Residual connections remove the degradation of deep networks.",
+            "残差连接消除了深层网络的退化。",
+        )),
+        Claim("1.6", "001", 15, Words(
+            "A plain network of 56 layers has a higher training error than one of 20.",
+            "56 层的普通网络，训练误差高于 20 层。",
+        ), by="plain-rises"),
+        Claim("1.7", "001", 27, Words(
+            "This is not overfitting, since the training error rises too.",
+            "这不是过拟合，因为训练误差也升高。",
+        ), by="plain-rises"),
+        Claim("0.13", "000", 80, Words(
+            "The shortcut makes the model more expressive.",
+            "捷径提升了模型的表达能力。",
+        ), by="same-size", stands=False),
+    ),
+    factors={"net": NETS, "depth": DEPTHS},
+    measure=measure,
+    metrics={
+        "train": Metric(Words("training loss", "训练损失"), Words("nats", "nat"), bench.CHANCE),
+        "test": Metric(Words("test loss", "测试损失"), Words("nats", "nat"), bench.CHANCE),
+        "error": Metric(Words("test error", "测试错误率"), failed=0.9),
+    },
+    primary=Contrast(
+        Words(
+            "From 8 to 56 layers the training loss of the plain network rises by at least ten times "
+            "more than that of the residual one.",
+            "从 8 层到 56 层，普通网络训练损失的上升倍数至少是残差网络的十倍。",
+        ),
+        lambda rows: _decades(rows, "plain") - _decades(rows, "residual"),
+        limit=1.0,
+        unit=Words("powers of ten", "数量级"),
+    ),
+    secondary=(
+        Contrast(
+            Words(
+                "The plain network of 56 layers has at least twice the training loss of the one of 20.",
+                "56 层普通网络的训练损失至少是 20 层的两倍。",
+            ),
+            lambda rows: _decades(rows, "plain", 56, 20),
+            limit=math.log10(2),
+            unit=Words("powers of ten", "数量级"),
+            name="plain-rises",
+        ),
+        Contrast(
+            Words(
+                "With and without shortcuts the networks have the same number of parameters.",
+                "有无捷径，网络的参数量相同。",
+            ),
+            lambda rows: max(
+                len(set(rows.only(depth=d).column("parameters"))) - 1
+                for d in set(rows.column("depth"))
+            ),
+            limit=0,
+            rule="exact",
+            unit=Words("other counts", "不同的参数量"),
+            name="same-size",
+        ),
+    ),
+    modes={
+        "quick": Mode(6, 1.5, {"depth": (8, 20, 56)}, {"steps": 120, "rate": 0.05}),
+        "default": Mode(8, 4, settings={"steps": 225, "rate": 0.05}),
+        "long": Mode(8, 15, {"rate": (0.02, 0.05, 0.1)}, {"steps": 225}),
+    },
+    plots=(
+        Plot(
+            "lines",
+            Words("Training loss after training, by depth", "训练结束时的训练损失与深度"),
+            x="depth", y="train", color="net", log_y=True,
+            x_title=Words("layers", "层数"),
+            reference=bench.CHANCE, reference_title=Words("guessing", "随机猜测"),
+        ),
+        Plot(
+            "lines", Words("Test error, by depth", "测试错误率与深度"),
+            x="depth", y="error", color="net", x_title=Words("layers", "层数"),
+        ),
+    ),
+    published=(
+        Published(
+            Words(
+                "CIFAR-10: deeper plain nets (20, 32, 44, 56) have a higher training error; shown as "
+                "curves only",
+                "CIFAR-10：普通网络越深（20、32、44、56），训练误差越高；原文只有曲线",
+            ),
+            "Figure 6, left",
+            "He et al. 2015 (arXiv:1512.03385)",
+        ),
+        Published(
+            Words(
+                "CIFAR-10 test error of ResNet-20, 32, 44, 56, 110",
+                "CIFAR-10 测试错误率，ResNet-20、32、44、56、110",
+            ),
+            "8.75, 7.51, 7.17, 6.97, 6.43 %",
+            "He et al. 2015 (arXiv:1512.03385), Table 6",
+        ),
+    ),
+    relied=True,
+)  # fmt: skip
