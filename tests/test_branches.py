@@ -211,12 +211,11 @@ def test_every_parameter_gets_a_gradient(changes, name):
     assert set(parameters(model)) - moved == set()
 
 
-@each_change
-def test_options_work_after_the_meta_device(changes):
-    """A GPT made on the meta device and reset is the GPT made in memory and reset."""
-    made = gpt(**changes)
+def hold_after_meta(make):
+    """A model made on the meta device and reset is the model made in memory and reset."""
+    made = make()
     with torch.device("meta"):
-        late = gpt(**changes)
+        late = make()
     late = late.to_empty(device="cpu")
     for model in (made, late):
         with torch.no_grad():
@@ -226,6 +225,11 @@ def test_options_work_after_the_meta_device(changes):
         model.reset_parameters()
     for (name, ours), theirs in zip(late.named_parameters(), made.parameters(), strict=True):
         assert torch.equal(ours, theirs), name
+
+
+@each_change
+def test_options_work_after_the_meta_device(changes):
+    hold_after_meta(lambda: gpt(**changes))
 
 
 @each_change

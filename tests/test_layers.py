@@ -6,6 +6,7 @@ from dataclasses import replace
 import naive
 import pytest
 import torch
+from test_branches import hold_after_meta
 from test_models import agree, gpt, masks, randomised
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -444,19 +445,7 @@ def test_gpt_is_causal(changes):
 
 @each_change
 def test_gpt_works_after_the_meta_device(changes):
-    """A GPT made on the meta device and reset is the GPT made in memory and reset."""
-    made = gpt(**changes)
-    with torch.device("meta"):
-        late = gpt(**changes)
-    late = late.to_empty(device="cpu")
-    for model in (made, late):
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.fill_(float("nan"))  # what the reset forgets stays visible
-        torch.manual_seed(1)
-        model.reset_parameters()
-    for (name, ours), theirs in zip(late.named_parameters(), made.parameters(), strict=True):
-        assert torch.equal(ours, theirs), name
+    hold_after_meta(lambda: gpt(**changes))
 
 
 @each_path

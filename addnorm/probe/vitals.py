@@ -110,24 +110,18 @@ def xray(
     )
     linted, note = lint_called(called, seed)
     told(2 * PART, total)
-    looks: dict[str, Any] = {}
-    for number, name in enumerate(deep, 2):
-
-        def part(done: int, whole: int, before: int = number * PART) -> None:
-            told(before + PART * done // max(whole, 1), total)
-
-        looks[name] = _look(
-            name,
-            model=model,
-            inputs=inputs,
-            targets=targets,
-            loss=loss,
-            structure=structure,
-            budget=budget,
-            seed=seed,
-            progress=part,
-        )
-        told((number + 1) * PART, total)
+    looks = _looks(
+        deep,
+        told,
+        total,
+        model=model,
+        inputs=inputs,
+        targets=targets,
+        loss=loss,
+        structure=structure,
+        budget=budget,
+        seed=seed,
+    )
     return Trace(
         model=type(model).__name__,
         wiring=structure.wiring,
@@ -139,6 +133,19 @@ def xray(
         coverage=replace(structure.coverage, notes=(*structure.coverage.notes, *note)),
         deep=looks,
     )
+
+
+def _looks(deep: Sequence[str], told: Progress, total: int, **given: Any) -> dict[str, Any]:
+    """Take the deeper looks in turn, each of them a part of the progress."""
+    looks: dict[str, Any] = {}
+    for number, name in enumerate(deep, 2):
+
+        def part(done: int, whole: int, before: int = number * PART) -> None:
+            told(before + PART * done // max(whole, 1), total)
+
+        looks[name] = _look(name, **given, progress=part)
+        told((number + 1) * PART, total)
+    return looks
 
 
 def _look(name: str, **given: Any) -> dict[str, Any]:

@@ -185,13 +185,7 @@ def _table(trace: Row, zh: bool, everything: bool) -> Table:
     count, named = len(connections), named_rows(trace)
     for i in range(count) if everything else folded(count, named):
         if isinstance(i, tuple):
-            left = i[1] - i[0] + 1
-            words = (
-                f"… 另有 {left} 个，--all 显示全部 …"
-                if zh
-                else f"… {left:,} more, --all shows them …"
-            )
-            table.add_row("", Text(words, style="dim"))
+            table.add_row("", _left_out(*i, zh))
             continue
         c = connections[i]
         cells = [short(value_of(c, v.key), v.form) for v in vitals]
@@ -199,6 +193,13 @@ def _table(trace: Row, zh: bool, everything: bool) -> Table:
         name = Text(safe(c["name"]), style="red" if i in named and not trace["ok"] else "")
         table.add_row(str(i), name, *cells)
     return table
+
+
+def _left_out(first: int, last: int, zh: bool) -> Text:
+    """Return the row that stands for those from `first` to `last`."""
+    left = last - first + 1
+    words = f"… 另有 {left} 个，--all 显示全部 …" if zh else f"… {left:,} more, --all shows them …"
+    return Text(words, style="dim")
 
 
 def _overall(trace: Row, zh: bool) -> Text:
@@ -284,13 +285,7 @@ def _side_by_side(difference: dict[str, Any], zh: bool, everything: bool) -> Tab
         )
     for i in range(len(rows)) if everything else folded(len(rows), ()):
         if isinstance(i, tuple):
-            left = i[1] - i[0] + 1
-            words = (
-                f"… 另有 {left} 个，--all 显示全部 …"
-                if zh
-                else f"… {left:,} more, --all shows them …"
-            )
-            table.add_row("", Text(words, style="dim"))
+            table.add_row("", _left_out(*i, zh))
             continue
         row = rows[i]
         first, second = safe(row["a"]["name"]), safe(row["b"]["name"])
