@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -19,7 +20,8 @@ from addnorm import GPT, GPTConfig, Runtime, TrainConfig, load_run, load_text, r
 from addnorm.cli import main
 from addnorm.files import read_json, read_lines
 from addnorm.training import checkpoint
-from addnorm.training.loop import Observer, make_optimizer
+from addnorm.training.loop import Observer, make_optimizer, train_loop
+from addnorm.training.objective import squared_error
 from addnorm.training.tune import Choice
 
 EAGER = Choice(threads=1)
@@ -579,3 +581,35 @@ def test_the_command_line_prints_the_finding_on_stderr(text, tmp_path, capsys):
 def test_a_watch_of_less_than_no_steps_is_refused():
     with pytest.raises(ValueError, match=r"^watch -1 must be at least 0$"):
         Runtime(watch=-1)
+
+
+def test_the_loop_minimises_the_objective_it_is_given():
+    """Least squares by gradient descent: losses and evaluation are those of the plain loop."""
+
+    class Line:
+        unit = "examples"
+        x = np.linspace(-1, 1, 8, dtype=np.float32)[:, None]
+
+        def training_batch(self, seed, step, size):
+            return self.x, 3 * self.x + 1
+
+        def validation_batches(self, size, batches):
+            yield self.x, 3 * self.x + 1
+
+    torch.manual_seed(0)
+    model = torch.nn.Linear(1, 1)
+    weight, bias = (p.detach().clone().requires_grad_() for p in model.parameters())
+    rate, expected = 0.1, []
+    x, y = map(torch.from_numpy, Line().training_batch(0, 0, 0))
+    for _ in range(5):
+        loss = (x * weight + bias - y).square().mean()
+        expected.append(loss.item())
+        for p, g in zip((weight, bias), torch.autograd.grad(loss, (weight, bias)), strict=True):
+            p.data -= rate * g
+    plain = {"optimizer": "sgd", "betas": (0.0, 0.9), "weight_decay": 0.0, "schedule": "constant"}
+    config = TrainConfig(steps=5, lr=rate, warmup=0, clip=0.0, **plain)
+    runtime = Runtime(device="cpu", watch=0)
+    run = train_loop(model, Line(), config, runtime, choice=EAGER, objective=squared_error)
+    torch.testing.assert_close(run.losses, expected)
+    final = (x * weight + bias - y).square().mean().item()
+    assert run.validation == pytest.approx(final, rel=1e-5)
