@@ -11,7 +11,8 @@ import tyro
 
 from addnorm.cli.parsing import Lang, emit_json, messages, results
 from addnorm.files import locked
-from addnorm.reports.studies import LiveStudies, print_studies, write_study_pages
+from addnorm.reports.studies import LiveStudies, print_studies
+from addnorm.reports.study_pages import write_study_pages
 from addnorm.studies import all_studies, find_studies
 from addnorm.studies.running import last_verdicts, run_studies, summary
 
