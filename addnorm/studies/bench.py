@@ -148,3 +148,23 @@ class Pairs:
         """Yield the first `size * batches` pairs."""
         for first in range(0, min(size * batches, len(self.inputs)), size):
             yield self.inputs[first : first + size], self.targets[first : first + size]
+
+
+def deep_gpt(
+    seed: int, wiring: str, steps: int, *, depth: int = 12, context: int = 32, rate: float = 1e-3
+) -> Run:
+    """Train a narrow deep character GPT, a fifth of the steps warm-up; its model is in eval mode.
+
+    Batches of 16 windows, AdamW of the package's default, cosine decay to a tenth.
+    """
+    model = gpt(seed, depth, wiring, context)
+    settings = {"steps": steps, "warmup": steps // 5, "batch": 16, "lr": rate}
+    run = trained(model, text(context), seed, **settings)
+    model.eval()
+    return run
+
+
+def windows(context: int, count: int = 128) -> tuple[Tensor, Tensor]:
+    """Return `count` windows of validation text and what follows each character, `(count, T)`."""
+    x, y = next(iter(text(context).validation_batches(count, 1)))
+    return torch.as_tensor(x), torch.as_tensor(y)
