@@ -24,6 +24,7 @@ from addnorm.studies.frame import (
     Study,
     Words,
 )
+from addnorm.training.objective import cross_entropy
 
 DEPTHS = (8, 20, 56)  # linear layers in pairs; an output layer follows
 PLAIN = "plain(act='relu')"
@@ -89,7 +90,7 @@ def _model(cell: Row) -> MLP:
         looks_linear(model)
     if change == "equalised":
         for parameter in model.parameters():
-            parameter.register_hook(unit)
+            parameter.register_hook(unit)  # type: ignore[no-untyped-call]
     if "faded" in change:
         for layer in _layers(model):
             layer.register_forward_hook(_faded)
@@ -119,7 +120,8 @@ def looks_linear(model: MLP) -> None:
 def unit(gradient: Tensor) -> Tensor:
     """Return the gradient at norm 1, also where its square underflows; 0 stays 0."""
     gradient = gradient / gradient.abs().amax().clamp_min(1e-38)
-    return gradient / gradient.norm().clamp_min(1e-38)
+    length: Tensor = torch.linalg.vector_norm(gradient)
+    return gradient / length.clamp_min(1e-38)
 
 
 def _faded(_module: nn.Module, _args: object, out: Tensor) -> None:
@@ -134,7 +136,7 @@ def _profile(model: nn.Module, seed: int) -> list[float]:
     (L / 2 + 1) numbers from the input on, the last one 1; of the first batch of the training.
     """
     x, y = (torch.from_numpy(a) for a in bench.digits().training_batch(seed, 0, 128))
-    trace = xray(model, x, y, loss=lambda out, y: SCALE * bench.cross_entropy(out, y))
+    trace = xray(model, x, y, loss=lambda out, y: SCALE * cross_entropy(out, y))
     sizes = [c.gradient_before for c in trace.connections]
     last = trace.connections[-1].gradient_after
     return [max(size / last, FLOOR) if last > 0 else FLOOR for size in (*sizes, last)]
