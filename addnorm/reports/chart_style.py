@@ -21,6 +21,11 @@ DASHES = ([1, 0], [6, 3], [2, 2], [10, 3, 2, 3], [4, 6], [12, 4])
 WIDTH = 830  # of the plot, in pixels
 MARKERS = 7  # on a line with many points
 GREY = "#5f6368"
+# The label of a tick: 0.01, 20, 1e-6.
+SHORT_LABEL = (
+    "datum.value >= 0.001 && datum.value < 100000 ? format(datum.value, '~g') : "
+    "format(datum.value, '.0e')"
+)
 
 _TEXT = {
     "depth": ("depth (layers)", "深度（层数）"),
@@ -98,13 +103,25 @@ def _pick() -> alt.Parameter:
     return alt.selection_point(name="pick", fields=["wiring"], bind="legend", toggle="true")
 
 
+def legend_columns(names: Sequence[str]) -> int:
+    """Return into how many columns the names of a legend go."""
+    longest = min(42, max(map(len, names)))
+    return max(1, min(len(names), int(WIDTH / (longest * 7.6 + 38))))
+
+
+def looks(count: int) -> tuple[list[str], list[str]]:
+    """Return so many colours and shapes, each pair of them once."""
+    turn = len(PALETTE)
+    colours = [PALETTE[i % turn] for i in range(count)]
+    return colours, [SHAPES[(i + i // turn) % len(SHAPES)] for i in range(count)]
+
+
 class Look:
     """Colour and shape by wiring, dash by warm-up, with their legends."""
 
     def __init__(self, wirings: Sequence[str], warmups: Sequence[int], lang: Lang) -> None:
-        names, count = list(wirings), len(PALETTE)
-        longest = min(42, max(map(len, names)))
-        columns = max(1, min(len(names), int(WIDTH / (longest * 7.6 + 38))))
+        names = list(wirings)
+        columns = legend_columns(names)
         side: Literal["left", "top"] = "left" if columns == len(names) else "top"
         legend = alt.Legend(
             title=word("wiring", lang),
@@ -113,8 +130,7 @@ class Look:
             columns=columns,
             symbolLimit=0,
         )
-        colours = [PALETTE[i % count] for i in range(len(names))]
-        shapes = [SHAPES[(i + i // count) % len(SHAPES)] for i in range(len(names))]
+        colours, shapes = looks(len(names))
         self.colour = alt.Color(
             "wiring:N", scale=alt.Scale(domain=names, range=colours), legend=legend
         )
@@ -137,8 +153,8 @@ class Look:
         return alt.when(self.pick).then(alt.value(value)).otherwise(alt.value(0.06))
 
 
-def log_axis(values: Iterable[Any], title: str) -> alt.Y:
-    """Return a log y axis named `y` over positive values, with round labels."""
+def log_ticks(values: Iterable[Any]) -> tuple[list[float], list[float]]:
+    """Return the ends of a log axis over positive values, and its round ticks."""
     found = [v for v in values if is_finite(v) and v > 0] or [1.0]
     low, high = math.log10(min(found)), math.log10(max(found))
     pad = max(0.05 * (high - low), 0.15 - (high - low) / 2, 0.04)
@@ -150,12 +166,17 @@ def log_axis(values: Iterable[Any], title: str) -> alt.Y:
         marks = (1, 2, 5) if high - low > 0.9 else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
         ticks = [m * 10.0**k for k in range(math.floor(low), math.ceil(high) + 1) for m in marks]
         ticks = [t for t in ticks if low <= math.log10(t) <= high]
-    label = "datum.value >= 0.001 && datum.value < 100000 ? format(datum.value, '~g') : "
+    return [10**low, 10**high], ticks
+
+
+def log_axis(values: Iterable[Any], title: str) -> alt.Y:
+    """Return a log y axis named `y` over positive values, with round labels."""
+    ends, ticks = log_ticks(values)
     return alt.Y(
         "y:Q",
         title=title,
-        scale=alt.Scale(type="log", domain=[10**low, 10**high], nice=False),
-        axis=alt.Axis(values=ticks, labelExpr=label + "format(datum.value, '.0e')"),
+        scale=alt.Scale(type="log", domain=ends, nice=False),
+        axis=alt.Axis(values=ticks, labelExpr=SHORT_LABEL),
     )
 
 
