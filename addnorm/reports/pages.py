@@ -1,4 +1,4 @@
-"""Self-contained HTML pages of a comparison, an X-ray and a training run; no torch.
+"""Self-contained HTML pages, and those of a comparison, an X-ray and a training run; no torch.
 
 A page asks the network for nothing: Vega, the charts and the styles are inside, and its content
 security policy allows only the scripts whose hashes it names.
@@ -68,7 +68,7 @@ def write_comparison_page(result: dict[str, Any], path: Path, lang: str = "en") 
         "choice": _facts(result.get("choice", {})),
         "measured": result.get("choice", {}).get("measured", []),
     }
-    _write("comparison.html.j2", path, lang, drawn, context)
+    write_page("comparison.html.j2", path, lang, drawn, context)
 
 
 def write_trace_page(trace: dict[str, Any], path: Path, lang: str = "en") -> None:
@@ -91,7 +91,7 @@ def write_trace_page(trace: dict[str, Any], path: Path, lang: str = "en") -> Non
         "lost": any(c["non_finite"] for c in trace["connections"]),
         "meanings": MEANINGS,
     }
-    _write("trace.html.j2", path, lang, drawn, context)
+    write_page("trace.html.j2", path, lang, drawn, context)
 
 
 def write_traces_page(difference: dict[str, Any], path: Path, lang: str = "en") -> None:
@@ -105,7 +105,7 @@ def write_traces_page(difference: dict[str, Any], path: Path, lang: str = "en") 
         "overall": OVERALL,
         "vitals": measured(both, PANELS),
     }
-    _write("traces.html.j2", path, lang, drawn, context)
+    write_page("traces.html.j2", path, lang, drawn, context)
 
 
 def write_run_page(
@@ -133,7 +133,7 @@ def write_run_page(
         "measured": config.get("choice", {}).get("measured", []),
         "parts": {k: _facts(config.get(k, {})) for k in ("model", "train", "runtime", "choice")},
     }
-    _write("run.html.j2", path, lang, drawn, context)
+    write_page("run.html.j2", path, lang, drawn, context)
 
 
 def _warmup_rows(s: Summary) -> list[dict[str, Any]]:
@@ -148,12 +148,19 @@ def _warmup_rows(s: Summary) -> list[dict[str, Any]]:
 # -- the page ----------------------------------------------------------------------------------
 
 
-def _write(
+def write_page(
     template: str, path: Path, lang: str, drawn: Mapping[str, Chart], context: dict[str, Any]
 ) -> None:
+    """Write a page out of a template, both languages inside.
+
+    `drawn` are its charts by the name of their place; `context` is what the template reads, `title`
+    among it. Vega is inside where there is a chart. Raises `ValueError` for a `lang` other than
+    `en` or `zh`, the one that the page shows first.
+    """
     if lang not in ("en", "zh"):
         raise ValueError(f"no language {lang!r}; take en or zh")
-    vega, script = _vega(), (_TEMPLATES / "page.js").read_text(encoding="utf-8")
+    vega = _vega() if drawn else ""
+    script = (_TEMPLATES / "page.js").read_text(encoding="utf-8")
     page = _environment().get_template(template)
     html = page.render(
         **context,

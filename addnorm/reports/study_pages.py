@@ -1,9 +1,131 @@
-"""The pages of studies: one per study and an index, both languages inside; no torch."""
+"""The pages of the studies: one for each result and an index, both languages inside; no torch."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from addnorm.files import read_json
+from addnorm.reports.pages import Chart, write_page
+from addnorm.reports.study_charts import effects_chart, plot_chart, shown_rows
+from addnorm.reports.study_words import (
+    MODES,
+    VERDICTS,
+    amount,
+    counted,
+    demand,
+    duration,
+    effect_in,
+    effect_line,
+    failures,
+    known,
+    level_text,
+    probability,
+    rule_lines,
+    test_line,
+    verdict_in,
+)
+
+STRIP = 150  # pixels, of the effects of a secondary contrast
+
+
+def results_in(out: Path) -> list[dict[str, Any]]:
+    """Return the results of studies among the JSON files of a folder, in the order of their ids."""
+    found = [read_json(path) for path in sorted(out.glob("*.json"))]
+    results = [r for r in found if isinstance(r, dict) and "schema" in r and "contrasts" in r]
+    return sorted(results, key=lambda result: str(result["id"]))
 
 
 def write_study_pages(out: Path, lang: str = "en") -> None:
-    """Write a page for every result in `out`, and `index.html`."""
+    """Write `NAME.html` for every result in the folder `out`, and `index.html` with all verdicts.
+
+    `lang`, `en` or `zh`, is what the pages show first. Raises `ValueError` for another one.
+    """
+    results = results_in(out)
+    for result in results:
+        write_study_page(result, out / f"{result['name']}.html", lang)
+    _write_index(results, out / "index.html", lang)
+
+
+def write_study_page(result: Mapping[str, Any], path: Path, lang: str = "en") -> None:
+    """Write the page of one result of a study."""
+    plots = [plot for plot in result["plots"] if shown_rows(result, plot)]
+    drawn: dict[str, Chart] = {}
+    if any(known(v) for v in _main(result)["effects"]):
+        drawn["effects"] = lambda lang: effects_chart(result, lang)
+    for i, plot in enumerate(plots):
+        drawn[f"plot-{i}"] = lambda lang, plot=plot: plot_chart(result, plot, lang)
+    main, count = _main(result), len(result["seeds"])
+    by_name = {contrast["name"]: contrast for contrast in result["contrasts"]}
+    title = result["title"]
+    context = {
+        **_words(),
+        "title": tuple(f"{result['id']} {title[key]}" for key in ("en", "zh")),
+        "r": result,
+        "main": main,
+        "says": effect_line(main, count),
+        "test": test_line(main, count),
+        "rules": rule_lines(main, result["planned"]),
+        "claims": [(claim, by_name[claim["by"]]) for claim in result["claims"]],
+        "plots": list(drawn),
+        "left_out": len(result["plots"]) - len(plots),
+        "secondary": [(c, strip(c)) for c in result["contrasts"] if c["name"] != "primary"],
+        "failures": failures(result),
+        "stands": [m for m in result["metrics"].values() if known(m["failed"])],
+        "rest": sum(row["seed"] not in result["seeds"] for row in result["rows"]),
+        "again": f"addnorm study {result['name']}"
+        + ("" if result["mode"] == "default" else f" --{result['mode']}"),
+    }
+    write_page("study.html.j2", path, lang, drawn, context)
+
+
+def _write_index(results: Sequence[Mapping[str, Any]], path: Path, lang: str) -> None:
+    rows = [{**result, **_primary(result)} for result in results]
+    claims = [claim for result in results for claim in result["claims"]]
+    context = {
+        **_words(),
+        "title": ("The studies", "研究一览"),
+        "rows": rows,
+        "claims": sorted(
+            ((c, r["name"]) for r in results for c in r["claims"]),
+            key=lambda pair: (pair[0]["document"], pair[0]["line"], pair[0]["id"]),
+        ),
+        "verdicts": [counted((r["verdict"] for r in rows), lang) for lang in ("en", "zh")],
+        "answers": [counted((c["verdict"] for c in claims), lang) for lang in ("en", "zh")],
+    }
+    write_page("studies.html.j2", path, lang, {}, context)
+
+
+def _words() -> dict[str, Any]:
+    """Return what the templates of studies call."""
+    functions = (amount, demand, duration, effect_in, level_text, probability, verdict_in)
+    return {f.__name__: f for f in functions} | {"VERDICTS": VERDICTS, "MODES": MODES}
+
+
+def _main(result: Mapping[str, Any]) -> Mapping[str, Any]:
+    (main,) = [c for c in result["contrasts"] if c["name"] == "primary"]
+    return dict(main)
+
+
+def _primary(result: Mapping[str, Any]) -> dict[str, Any]:
+    main = _main(result)
+    return {key: main[key] for key in ("unit", "statement", "rule", "limit")}
+
+
+def strip(contrast: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return where the effects and limits of a contrast lie in a strip, in pixels; the side too.
+
+    None where there is no effect, and for a computation, whose effects lie far inside its limit.
+    """
+    found = [v for v in contrast["effects"] if known(v)]
+    limit, rule = contrast["limit"], contrast["rule"]
+    if not found or rule == "exact":
+        return None
+    limits = [-limit, limit] if rule == "within" else [limit]
+    low, high = min(found + limits), max(found + limits)
+    span = (high - low) or 1.0
+    at = {v: round(6 + (STRIP - 12) * (v - low) / span, 1) for v in {*found, *limits}}
+    places = [at[v] for v in limits]
+    side = {"above": (places[0], STRIP), "below": (0, places[0])}.get(rule, (places[0], places[-1]))
+    return {"points": [at[v] for v in found], "limits": places, "side": side}
