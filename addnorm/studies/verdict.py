@@ -39,8 +39,8 @@ def judge(effects: Sequence[float], rule: Rule, limit: float) -> Judgement:
     the exact sign-flip test of the mean of effect - limit, and the side decides between SUPPORTED
     and REFUTED. `within`: |effect| < limit, by two one-sided sign-flip tests (TOST, Schuirmann
     1987), p the larger of both; REFUTED where the effect lies beyond the limit by the two-sided
-    test. `exact`: |effect| <= limit for every seed, a computation without chance. INCONCLUSIVE
-    where p exceeds 0.05, and where an effect is not finite.
+    test, whose p it then is. `exact`: |effect| <= limit for every seed, a computation without
+    chance. INCONCLUSIVE where p exceeds 0.05, and where an effect is not finite.
     """
     values = np.asarray(effects, dtype=float)
     if not len(values) or not np.isfinite(values).all():
@@ -51,10 +51,13 @@ def judge(effects: Sequence[float], rule: Rule, limit: float) -> Judgement:
         return Judgement(verdict, middle, interval, math.nan)
     if rule == "within":
         p = max(sign_flip(values + limit, "greater"), sign_flip(values - limit, "less"))
-        beyond = [values - limit, -limit - values]
-        outside = any(sign_flip(v, "two-sided") <= ALPHA and v.mean() > 0 for v in beyond)
-        verdict = "SUPPORTED" if p <= ALPHA else "REFUTED" if outside else "INCONCLUSIVE"
-        return Judgement(verdict, middle, interval, p)
+        if p <= ALPHA:
+            return Judgement("SUPPORTED", middle, interval, p)
+        beyond = [v for v in (values - limit, -limit - values) if v.mean() > 0]
+        outside = min((sign_flip(v, "two-sided") for v in beyond), default=math.nan)
+        if outside <= ALPHA:
+            return Judgement("REFUTED", middle, interval, outside)
+        return Judgement("INCONCLUSIVE", middle, interval, p)
     p = sign_flip(values - limit, "two-sided")
     return Judgement(_side(values, rule, limit, p), middle, interval, p)
 

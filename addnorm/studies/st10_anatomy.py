@@ -1,0 +1,273 @@
+"""ST-10 Anatomy of the residual stream: what is left of the input, what is added, how it grows."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from addnorm.probe.discover import discover
+from addnorm.probe.lens import lens
+from addnorm.probe.measures import cosine, rms
+from addnorm.probe.tap import Point, Visitor, tapped
+from addnorm.studies import bench
+from addnorm.studies.frame import (
+    Claim,
+    Contrast,
+    Metric,
+    Mode,
+    Plot,
+    Published,
+    Rows,
+    Study,
+    Words,
+)
+
+DEPTH, CONTEXT = 12, 32  # layers of two connections; characters
+WIRINGS = {"pre-norm": "prenorm", "post-norm": "postnorm", "ReZero": "rezero"}
+
+
+class Streams(Visitor):
+    """Keeps the stream `(B, T, D)` that enters the first connection and those behind each layer."""
+
+    def __init__(self) -> None:
+        self.kept: list[Tensor] = []
+
+    def __call__(self, k: int, point: Point) -> None:
+        """Keep the stream in front of the first connection."""
+        if k == 0:
+            assert point.skip is not None
+            self.kept = [point.skip]
+
+    def after(self, k: int, out: Any) -> None:
+        """Keep the stream behind the second connection of a layer."""
+        if k % 2:
+            self.kept.append(out)
+
+
+@torch.no_grad()
+def measure(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """Train one GPT and look at its stream in front of and behind every layer: lists over depth."""
+    with torch.enable_grad():
+        run = bench.deep_gpt(
+            cell["seed"], WIRINGS[cell["wiring"]], cell["steps"], depth=DEPTH, context=CONTEXT
+        )
+    if run.status != "finished":
+        return {"loss": math.nan}
+    x, y = bench.windows(CONTEXT)
+    structure, streams = discover(run.model, x), Streams()
+    with tapped(run.model, structure, streams):
+        run.model(x)
+    first, kept = streams.kept[0], streams.kept
+    variance = [float(rms([s])) ** 2 for s in kept]
+    answers = lens(run.model, x, y, structure=structure, budget=math.inf).loss[::2]
+    return {
+        "loss": run.validation,
+        "cosine": [float(cosine(first, s)) for s in kept],
+        "copy": [float((first * s).sum() / first.square().sum()) for s in kept],
+        "update": [float(rms([b - a]) / rms([a])) for a, b in itertools.pairwise(kept)],
+        "variance": variance,
+        "late": (variance[-1] - variance[DEPTH // 2]) / (variance[-1] - variance[0]),
+        "lens": answers,
+        "layer": list(range(DEPTH + 1)),
+        "step": list(range(1, DEPTH + 1)),
+    }
+
+
+def _one(rows: Rows, metric: str, wiring: str) -> Any:
+    """Return the metric of one network; NaN where the mode leaves its wiring out."""
+    return rows.value(metric, wiring=wiring) if len(rows.only(wiring=wiring)) else math.nan
+
+
+def _last(rows: Rows, metric: str, wiring: str) -> float:
+    """Return the metric behind the last layer."""
+    values = _one(rows, metric, wiring)
+    return float(values[-1]) if isinstance(values, list) else math.nan
+
+
+def _largest(rows: Rows, wiring: str) -> float:
+    """Return the largest update of a layer beside the stream that it is added to."""
+    values = _one(rows, "update", wiring)
+    return float(max(values)) if isinstance(values, list) else math.nan
+
+
+def rise(losses: Any) -> float:
+    """Return the largest rise of the lens from one layer to the next; 0 where it only falls."""
+    if not isinstance(losses, list):
+        return math.nan
+    return max(0.0, *(later - sooner for sooner, later in itertools.pairwise(losses)))
+
+
+STUDY = Study(
+    id="ST-10",
+    name="anatomy",
+    title=Words("Anatomy of the residual stream", "残差流解剖"),
+    question=Words(
+        "What does the residual stream of a trained network consist of: a copy of the input, with fine "
+        "corrections?",
+        "训练后的网络里，残差流由什么组成？是输入的副本加上细微的修正吗？",
+    ),
+    design=Words(
+        "Character GPTs of 12 layers, 64 wide, are trained for 300 steps under pre-norm, post-norm and "
+        "ReZero (no norm, gates that start at 0). The stream in front of the first layer, x₀, is held "
+        "against the stream x_l behind every layer: the cosine, and how much of x₀ stands in x_l (the "
+        "coefficient ⟨x_l, x₀⟩/⟨x₀, x₀⟩; 1 says that the layers left that direction alone). Beside it: the "
+        "size of each layer's update, the mean square of the stream, and the logit lens.",
+        "以前置归一化、后置归一化和 ReZero（无归一化，门控从 0 开始）训练 12 层、宽 64 的字符 GPT，各 300 步。"
+        "把进入第一层的残差流 x₀ 与每层之后的 x_l 对照：余弦，以及 x_l 中含有多少 x₀（系数 ⟨x_l, x₀⟩/⟨x₀, x₀⟩，"
+        "等于 1 表示各层没有改动这个方向）。此外还测每层更新的相对大小、残差流的均方，以及 logit lens。",
+    ),
+    controls=Words(
+        "One rate for all, 1e-3 with a fifth of the steps warm-up; the same batches. Everything is measured "
+        "on 128 validation windows in evaluation mode. Linear and exponential growth are told apart by the "
+        "share of the growth that falls into the second half: a straight line has 0.5, a curve that grows by "
+        "a factor of 20 over 12 layers 0.82. The lens reads early layers with a head that was trained on the "
+        "last one: it shows at most what they know.",
+        "学习率相同（1e-3，前五分之一步预热），批次相同；所有量都在 128 个验证窗口上以评估模式测得。区分线性与"
+        "指数增长的依据是后一半层占总增长的份额：直线为 0.5；若 12 层共增长 20 倍，指数曲线为 0.82。logit lens "
+        "用在最后一层上训练的输出头去读前面的层，因此只给出它们所知的下限。",
+    ),
+    lesson=Words(
+        "The shortcut keeps the input in the sum, and the sum is soon made of other things.",
+        "捷径让输入留在和里，但和很快就主要由别的成分组成。",
+    ),
+    claims=(
+        Claim("0.3", "000", 35, Words(
+            "However complex the sublayers are, the input still reaches later layers by the identity.",
+            "无论子层多复杂，输入仍能以恒等映射传到后面的层。",
+        ), by="stays"),
+        Claim("0.11", "000", 80, Words(
+            "Each layer keeps a copy of the original input.",
+            "每一层都保留了原始输入的副本。",
+        ), stands=False),
+        Claim("0.12", "000", 80, Words(
+            "Each layer learns only a fine difference instead of a whole mapping.",
+            "每层只需学习细微的差异，而不必从零学习完整的映射。",
+        ), by="small-updates"),
+    ),
+    factors={"wiring": WIRINGS},
+    measure=measure,
+    metrics={
+        "cosine": Metric(Words("cosine of the stream and the input", "残差流与输入的余弦")),
+        "copy": Metric(Words("coefficient of the input in the stream", "残差流中输入的系数")),
+        "update": Metric(Words("update / stream (RMS)", "更新与残差流之比（RMS）")),
+        "variance": Metric(Words("mean square of the stream", "残差流的均方")),
+        "late": Metric(Words("share of the growth in the second half", "后一半层占总增长的份额")),
+        "lens": Metric(Words("loss of the logit lens", "logit lens 的损失"), Words("nats", "nat")),
+        "loss": Metric(Words("validation loss", "验证损失"), Words("nats", "nat"), failed=3.27),  # unigram
+        "layer": Metric(Words("layers so far", "已经过的层数")),
+        "step": Metric(Words("layer", "层")),
+    },
+    primary=Contrast(
+        Words(
+            "Behind the last layer of pre-norm the stream is mostly not the input: their cosine is below "
+            "0.5, so the input makes up less than a quarter of its energy.",
+            "前置归一化最后一层之后，残差流大部分已不是输入：二者余弦低于 0.5，即输入所占能量不足四分之一。",
+        ),
+        lambda rows: _last(rows, "cosine", "pre-norm"),
+        limit=0.5,
+        rule="below",
+        unit=Words("cosine", "余弦"),
+    ),
+    secondary=(
+        Contrast(
+            Words(
+                "In pre-norm the input is not taken out of the stream: its coefficient behind the last "
+                "layer is above 0.5.",
+                "前置归一化并未把输入从残差流中去掉：最后一层之后，其系数仍高于 0.5。",
+            ),
+            lambda rows: _last(rows, "copy", "pre-norm"), limit=0.5, name="stays",
+            unit=Words("coefficient", "系数"),
+        ),
+        Contrast(
+            Words(
+                "Post-norm keeps less: its last cosine is below that of pre-norm by more than 0.1.",
+                "后置归一化保留得更少：最后的余弦比前置归一化低 0.1 以上。",
+            ),
+            lambda rows: _last(rows, "cosine", "pre-norm") - _last(rows, "cosine", "post-norm"),
+            limit=0.1, name="post-keeps-less", unit=Words("cosine", "余弦"),
+        ),
+        Contrast(
+            Words(
+                "In every layer of pre-norm the update is less than half of the stream.",
+                "在前置归一化的每一层，更新都不到残差流的一半。",
+            ),
+            lambda rows: _largest(rows, "pre-norm"), limit=0.5, rule="below", name="small-updates",
+            unit=Words("update / stream, largest", "更新与残差流之比，最大值"),
+        ),
+        Contrast(
+            Words(
+                "The mean square of pre-norm's stream grows in a straight line: the second half has 0.5 of "
+                "the growth, within 0.15.",
+                "前置归一化残差流的均方按直线增长：后一半层占总增长的 0.5，误差不超过 0.15。",
+            ),
+            lambda rows: float(_one(rows, "late", "pre-norm")) - 0.5, limit=0.15, rule="within",
+            name="linear", unit=Words("share - 0.5", "份额 - 0.5"),
+        ),
+        Contrast(
+            Words(
+                "Without a norm (ReZero) it grows exponentially: the second half has more than 0.75.",
+                "没有归一化时（ReZero）按指数增长：后一半层占 0.75 以上。",
+            ),
+            lambda rows: float(_one(rows, "late", "ReZero")), limit=0.75, name="exponential",
+            unit=Words("share", "份额"),
+        ),
+        Contrast(
+            Words(
+                "In pre-norm the loss of the logit lens falls from layer to layer: it nowhere rises by more "
+                "than 0.02 nats.",
+                "前置归一化中，logit lens 的损失逐层下降：任何一层的上升都不超过 0.02 nat。",
+            ),
+            lambda rows: rise(_one(rows, "lens", "pre-norm")), limit=0.02, rule="below",
+            name="refines", unit=Words("nats", "nat"),
+        ),
+    ),
+    modes={
+        "quick": Mode(6, 1, settings={"steps": 100}),
+        "default": Mode(8, 3, settings={"steps": 300}),
+        "long": Mode(8, 20, settings={"steps": 2000}),
+    },
+    plots=(
+        Plot(
+            "profile", Words("Cosine of the stream and the input", "残差流与输入的余弦"),
+            x="layer", y="cosine", color="wiring",
+        ),
+        Plot(
+            "profile", Words("Mean square of the stream", "残差流的均方"),
+            x="layer", y="variance", color="wiring", log_y=True,
+        ),
+        Plot(
+            "profile", Words("Update of each layer, beside the stream", "每层更新相对残差流的大小"),
+            x="step", y="update", color="wiring", log_y=True, reference=0.5,
+            reference_title=Words("half of the stream", "残差流的一半"),
+        ),
+        Plot(
+            "profile", Words("What the model would answer after each layer", "每层之后直接输出的损失"),
+            x="layer", y="lens", color="wiring",
+        ),
+    ),
+    published=(
+        Published(
+            Words(
+                "Mean square of pre-norm's stream at the start, in units of that of the input: between two "
+                "straight lines",
+                "初始时前置归一化残差流的均方（以输入为单位）：介于两条直线之间",
+            ),
+            "1 + l/2 to 1 + 3l/2",
+            "Xiong et al. 2020 (arXiv:2002.04745), Lemma 2",
+        ),
+        Published(
+            Words(
+                "Pre-norm's variance in trained language models: called exponential; the lemma gives bounds "
+                "from linear to exponential",
+                "训练后的语言模型中前置归一化的方差：文中称为指数增长；其引理只给出从线性到指数的界",
+            ),
+            "Θ(L) to Θ(exp L)",
+            "Sun et al. 2025 (arXiv:2502.05795)",
+        ),
+    ),
+)  # fmt: skip
