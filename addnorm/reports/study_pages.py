@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from addnorm.files import read_json
 from addnorm.reports.pages import Chart, write_page
-from addnorm.reports.study_charts import effects_chart, plot_chart, shown_rows
+from addnorm.reports.study_charts import plot_chart
+from addnorm.reports.study_effects import effects_chart
+from addnorm.reports.study_picture import shown_rows
 from addnorm.reports.study_words import (
     MODES,
     VERDICTS,
@@ -53,9 +56,9 @@ def write_study_page(result: Mapping[str, Any], path: Path, lang: str = "en") ->
     plots = [plot for plot in result["plots"] if shown_rows(result, plot)]
     drawn: dict[str, Chart] = {}
     if any(known(v) for v in _main(result)["effects"]):
-        drawn["effects"] = lambda lang: effects_chart(result, lang)
+        drawn["effects"] = functools.partial(effects_chart, result)
     for i, plot in enumerate(plots):
-        drawn[f"plot-{i}"] = lambda lang, plot=plot: plot_chart(result, plot, lang)
+        drawn[f"plot-{i}"] = functools.partial(plot_chart, result, plot)
     main, count = _main(result), len(result["seeds"])
     by_name = {contrast["name"]: contrast for contrast in result["contrasts"]}
     title = result["title"]

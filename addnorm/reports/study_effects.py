@@ -1,0 +1,108 @@
+"""The chart of a study's effects against their limit, in English or Chinese; no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import altair as alt
+
+from addnorm.reports.chart_style import (
+    GREY,
+    PALETTE,
+    WIDTH,
+    Lang,
+    Row,
+    data,
+    finish,
+    is_finite,
+    word,
+)
+from addnorm.reports.study_picture import kinds_of
+from addnorm.reports.study_words import demand, text_in
+
+
+def effects_chart(result: Mapping[str, Any], lang: Lang = "en") -> Any:
+    """Draw the effect of every seed of the primary contrast against its limit, with the interval.
+
+    The ground is coloured on the side of the limit on which the statement holds.
+    """
+    (main,) = [c for c in result["contrasts"] if c["name"] == "primary"]
+    limit, rule = main["limit"], main["rule"]
+    found = [v for v in main["effects"] if is_finite(v)]
+    low, high = min([*found, limit]), max([*found, limit])
+    if rule in ("within", "exact"):
+        low, high = min(low, -limit), max(high, limit)
+    pad = 0.08 * (high - low) or 0.5 * abs(high) or 1.0
+    ends = [low - pad, high + pad]
+    holds = {
+        "above": (limit, ends[1]),
+        "below": (ends[0], limit),
+    }.get(rule, (-limit, limit))
+    rows: list[Row] = [
+        {"kind": "seed", "x": effect, "at": i, "seed": seed}
+        for i, (seed, effect) in enumerate(zip(result["seeds"], main["effects"], strict=True))
+        if is_finite(effect)
+    ]
+    count = len(result["seeds"])
+    rows.append({"kind": "holds", "x": holds[0], "to": holds[1]})
+    limits = [-limit, limit] if rule in ("within", "exact") and limit else [limit]
+    rows += [{"kind": "limit", "x": at} for at in limits]
+    if is_finite(main["effect"]):
+        start, stop = main["interval"]
+        rows.append({"kind": "interval", "x": start, "to": stop, "at": count + 0.4})
+        rows.append({"kind": "median", "x": main["effect"], "at": count + 0.4})
+    unit = text_in(main["unit"], lang)
+    name = (
+        ("效应（{}）" if unit else "效应") if lang == "zh" else "effect ({})" if unit else "effect"
+    )
+    places = [f"datum.value == {i} ? '{seed}' : " for i, seed in enumerate(result["seeds"])]
+    x = alt.X(
+        "x:Q",
+        title=name.format(unit),
+        scale=alt.Scale(domain=ends, nice=False, zero=False),
+        axis=alt.Axis(tickCount=8, grid=False),
+    )
+    y = alt.Y(
+        "at:Q",
+        title=word("seed", lang),
+        scale=alt.Scale(domain=[count + 1.1, -0.8], nice=False, zero=False),
+        axis=alt.Axis(
+            values=list(range(count)),
+            labelExpr="".join(places) + "''",
+            grid=False,
+            ticks=False,
+            domain=False,
+            labelOverlap=True,
+        ),
+    )
+    base = alt.Chart(data(rows)).encode(x)
+    kind = kinds_of(base)
+    tips = [
+        alt.Tooltip("seed:N", title=word("seed", lang)),
+        alt.Tooltip("x:Q", title=name.format(unit), format=".4~g"),
+    ]
+    colour = PALETTE[0]
+    limit_text = demand(main, lang)
+    side = ("shaded: where the statement holds", "底色：命题成立的一侧")
+    wanted = ("The statement asks for", "命题要求")
+    chart = alt.layer(
+        kind("holds").mark_rect(color="#e3f0f9").encode(alt.X2("to:Q")),
+        kind("limit").mark_rule(color=GREY, strokeWidth=1.6, strokeDash=[5, 3]),
+        kind("interval")
+        .mark_rule(color=colour, strokeWidth=5, opacity=0.45)
+        .encode(y, alt.X2("to:Q")),
+        kind("median")
+        .mark_point(shape="diamond", filled=True, size=150, color=colour, opacity=1)
+        .encode(y, tooltip=tips[1:]),
+        kind("seed").mark_circle(size=60, color=colour, opacity=0.85).encode(y, tooltip=tips),
+    ).properties(width=WIDTH, height=min(420, 60 + 17 * count))
+    return finish(
+        chart,
+        ("The effect of each seed", "每个种子的效应"),
+        (
+            f"{wanted[0]} {limit_text} ({side[0]}). Diamond: median; bar: its 95 % interval.",
+            f"{wanted[1]} {limit_text}（{side[1]}）。菱形为中位数，横条为其 95% 区间。",
+        ),
+        lang,
+    )
