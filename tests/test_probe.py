@@ -605,6 +605,17 @@ def test_half_precision_is_summed_in_float32():
         assert len(xray(Residual(), torch.randn(3, 4)).connections) == 2
 
 
+def test_float64_is_summed_in_float64():
+    """A layer passes back a hundredth of a gradient: 1e-80 after 40, which float32 loses."""
+    model = MLP(MLPConfig(4, 4, 1, depth=40, wiring="plain", activation="relu")).double()
+    for connection in model.stack:
+        connection.branch.linear.weight.data = torch.eye(4, dtype=torch.float64) / 100
+    x = torch.ones(3, 4, dtype=torch.float64)
+    c = xray(model, x, loss=lambda out, _: out.sum()).connections
+    assert c[0].gradient_before / c[-1].gradient_after == pytest.approx(1e-80)
+    assert c[-1].stream_after == pytest.approx(1e-80)
+
+
 def test_several_streams_are_measured_over_all():
     torch.manual_seed(0)
     model, x = gpt("frac"), batch()

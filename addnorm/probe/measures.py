@@ -15,8 +15,9 @@ POSITIONS = 256  # sample of positions for the effective rank
 
 
 def norm(x: Tensor) -> Tensor:
-    """Return the Euclidean norm of all elements, summed in float32."""
-    length: Tensor = torch.linalg.vector_norm(x, dtype=torch.float32)
+    """Return the Euclidean norm of all elements, summed in float32, of float64 in float64."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    length: Tensor = torch.linalg.vector_norm(x, dtype=wide)
     return length
 
 
