@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
 
+from addnorm import xray
 from addnorm.models.mlp import MLP
 from addnorm.studies import bench
 from addnorm.studies.frame import (
@@ -58,9 +58,11 @@ def measure(cell: Mapping[str, Any]) -> dict[str, Any]:
 
     In float32 the gradient of 56 sigmoid layers is 0.
     """
-    model = _model(cell).double()
     x, y = (torch.from_numpy(a) for a in bench.digits().training_batch(cell["seed"], 0, 128))
-    stream, gradient = _levels(model, x.double(), y)
+    trace = xray(_model(cell).double(), x.double(), y, loss=F.cross_entropy)
+    last = trace.connections[-1]
+    stream = [c.stream_before for c in trace.connections] + [last.stream_after]
+    gradient = [c.gradient_before for c in trace.connections] + [last.gradient_after]
     return {
         "ratio": gradient[0] / gradient[-1],
         "signal": stream[-1] / stream[0],
@@ -72,28 +74,6 @@ def measure(cell: Mapping[str, Any]) -> dict[str, Any]:
 def _model(cell: Mapping[str, Any]) -> MLP:
     settings = dict(NETS[cell["wiring"]][cell["layer"]])
     return bench.mlp(cell["seed"], cell["depth"], settings.pop("wiring"), **settings)
-
-
-def _levels(model: MLP, x: Tensor, y: Tensor) -> tuple[list[float], list[float]]:
-    """Return the RMS of the stream and of dLoss/dstream, (L + 1) each, from the input on."""
-    streams: list[Tensor] = []
-
-    def entered(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        streams.append(args[0])
-
-    def left(_module: nn.Module, _args: object, out: Tensor) -> None:
-        streams.append(out)
-
-    model.stack.connections[0].register_forward_pre_hook(entered)
-    for connection in model.stack:
-        connection.register_forward_hook(left)
-    loss = F.cross_entropy(model(x.requires_grad_()), y)
-    gradients = torch.autograd.grad(loss, streams)
-    return [_rms(s) for s in streams], [_rms(g) for g in gradients]
-
-
-def _rms(x: Tensor) -> float:
-    return float(x.detach().square().mean().sqrt())
 
 
 def _per_layer(wiring: str, layer: str, depth: int = 56) -> Callable[[Rows], float]:
@@ -251,9 +231,9 @@ STUDY = Study(
         ),
     ),
     modes={
-        "quick": Mode(8, 0.1, {"depth": (56, 100)}),
-        "default": Mode(12, 0.4),
-        "long": Mode(40, 2, {"depth": (10, 20, 56, 100, 200)}),
+        "quick": Mode(8, 0.5, {"depth": (56, 100)}),
+        "default": Mode(10, 1),
+        "long": Mode(40, 8, {"depth": (10, 20, 56, 100, 200)}),
     },
     plots=(
         Plot(
