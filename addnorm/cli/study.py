@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
 from addnorm.cli.parsing import Lang, emit_json, messages, results
 from addnorm.files import locked
-from addnorm.reports.studies import LiveStudies, print_studies
+from addnorm.reports.studies import LiveStudies, print_claims, print_studies
 from addnorm.reports.study_pages import write_study_pages
 from addnorm.studies import all_studies, find_studies
-from addnorm.studies.running import last_verdicts, run_studies, summary
+from addnorm.studies.running import StudyObserver, last_verdicts, run_studies, summary
+
+FEW = 5  # studies, up to which a run also prints the claims
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,37 @@ class Options:
     """language of the tables, and the pages' first one"""
 
 
+class _Live(LiveStudies, StudyObserver):
+    """Shows what it hears of a run."""
+
+
 def run(options: Options) -> int:
     """List the studies, or run some and return 1 where one that the docs rely on is refuted."""
+    _check(options)
+    out = Path(options.out)
+    if not (options.names or options.all):
+        _show(last_verdicts(out), options)
+        return 0
+    studies = [study for study in all_studies() if options.long or not study.heavy]
+    if options.names:
+        studies = find_studies(options.names)
+    mode = "quick" if options.quick else "long" if options.long else "default"
+    console = messages()
+    with locked(out):
+        with _Live(console, options.lang) as live:
+            found = run_studies(
+                studies, mode, out=out, jobs=options.jobs, budget=options.budget, observer=live
+            )
+        write_study_pages(out, options.lang)
+    rows = [summary(result) for result in found]
+    _show(rows, options, claims=len(rows) <= FEW)
+    page = out / (f"{studies[0].name}.html" if len(studies) == 1 else "index.html")
+    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    return int(any(row["relied"] and row["verdict"] == "REFUTED" for row in rows))
+
+
+def _check(options: Options) -> None:
+    """Raise `ValueError` for options that exclude each other or make no sense."""
     if options.quick and options.long:
         raise ValueError("--quick and --long exclude each other")
     if options.all and options.names:
@@ -51,24 +82,12 @@ def run(options: Options) -> int:
         raise ValueError(f"budget {options.budget:g} must be above 0 minutes")
     if options.jobs < 0:
         raise ValueError(f"jobs {options.jobs} must be at least 0")
-    out = Path(options.out)
-    studies = [s for s in all_studies() if options.long or not s.heavy]
-    if options.names:
-        studies = find_studies(options.names)
-    elif not options.all:
-        rows = last_verdicts(out)
-        if options.json != "-":
-            print_studies(results(options.json), rows, options.lang)
-        emit_json(rows, options.json)
-        return 0
-    mode = "quick" if options.quick else "long" if options.long else "default"
-    with locked(out), LiveStudies(messages(), options.lang) as live:
-        found = run_studies(
-            studies, mode, out=out, jobs=options.jobs, budget=options.budget, observer=live
-        )
-        write_study_pages(out, options.lang)
-    rows = [summary(result) for result in found]
-    if options.json != "-":
-        print_studies(results(options.json), rows, options.lang)
+
+
+def _show(rows: list[dict[str, Any]], options: Options, claims: bool = False) -> None:
+    """Print the verdicts, and those on the claims where asked for, and write the JSON."""
+    console = results(options.json, width=120)
+    print_studies(console, rows, options.lang)
+    if claims:
+        print_claims(console, rows, options.lang)
     emit_json(rows, options.json)
-    return int(any(row["relied"] and row["verdict"] == "REFUTED" for row in rows))

@@ -55,11 +55,11 @@ def write_study_page(result: Mapping[str, Any], path: Path, lang: str = "en") ->
     """Write the page of one result of a study."""
     plots = [plot for plot in result["plots"] if shown_rows(result, plot)]
     drawn: dict[str, Chart] = {}
-    if any(known(v) for v in _main(result)["effects"]):
+    if any(known(v) for v in main_of(result)["effects"]):
         drawn["effects"] = functools.partial(effects_chart, result)
     for i, plot in enumerate(plots):
         drawn[f"plot-{i}"] = functools.partial(plot_chart, result, plot)
-    main, count = _main(result), len(result["seeds"])
+    main, count = main_of(result), len(result["seeds"])
     by_name = {contrast["name"]: contrast for contrast in result["contrasts"]}
     title = result["title"]
     context = {
@@ -85,17 +85,14 @@ def write_study_page(result: Mapping[str, Any], path: Path, lang: str = "en") ->
 
 def _write_index(results: Sequence[Mapping[str, Any]], path: Path, lang: str) -> None:
     rows = [{**result, **_primary(result)} for result in results]
-    claims = [claim for result in results for claim in result["claims"]]
+    claims = by_place(results)
     context = {
         **_words(),
         "title": ("The studies", "研究一览"),
         "rows": rows,
-        "claims": sorted(
-            ((c, r["name"]) for r in results for c in r["claims"]),
-            key=lambda pair: (pair[0]["document"], pair[0]["line"], pair[0]["id"]),
-        ),
+        "claims": claims,
         "verdicts": [counted((r["verdict"] for r in rows), lang) for lang in ("en", "zh")],
-        "answers": [counted((c["verdict"] for c in claims), lang) for lang in ("en", "zh")],
+        "answers": [counted((c["verdict"] for c, _ in claims), lang) for lang in ("en", "zh")],
     }
     write_page("studies.html.j2", path, lang, {}, context)
 
@@ -106,13 +103,20 @@ def _words() -> dict[str, Any]:
     return {f.__name__: f for f in functions} | {"VERDICTS": VERDICTS, "MODES": MODES}
 
 
-def _main(result: Mapping[str, Any]) -> Mapping[str, Any]:
+def main_of(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the primary contrast of a result."""
     (main,) = [c for c in result["contrasts"] if c["name"] == "primary"]
     return dict(main)
 
 
+def by_place(results: Sequence[Mapping[str, Any]]) -> list[tuple[dict[str, Any], str]]:
+    """Return every claim with the name of its study, in the order of documents and lines."""
+    claims = [(claim, str(result["name"])) for result in results for claim in result["claims"]]
+    return sorted(claims, key=lambda pair: (pair[0]["document"], pair[0]["line"], pair[0]["id"]))
+
+
 def _primary(result: Mapping[str, Any]) -> dict[str, Any]:
-    main = _main(result)
+    main = main_of(result)
     return {key: main[key] for key in ("unit", "statement", "rule", "limit")}
 
 

@@ -1,0 +1,48 @@
+"""Write what the package and its docs say of the studies, out of a folder of results.
+
+    addnorm study --all --long --out studies
+    .venv/bin/python runs/studies.py studies
+
+Writes `addnorm/studies/verdicts.json`, the last verdicts that `addnorm study` lists where none was
+run here, `docs/studies*.md`, `docs/gallery*.md` and `docs/images/studies/`. Studies without a
+result in the folder are named and left out.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from addnorm.files import write_json, write_text
+from addnorm.reports.study_docs import gallery_markdown, study_markdown, write_picture
+from addnorm.reports.study_pages import results_in
+from addnorm.studies import all_studies
+from addnorm.studies.running import summary
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PICTURES = DOCS / "images" / "studies"
+SUFFIX = {"en": "", "zh": ".zh-CN"}
+
+
+def main(out: Path) -> int:
+    results = results_in(out)
+    if not results:
+        print(f"no result of a study in {out}", file=sys.stderr)
+        return 2
+    missing = {study.name for study in all_studies()} - {result["name"] for result in results}
+    if missing:
+        print(f"no result in {out}: {', '.join(sorted(missing))}", file=sys.stderr)
+    write_json(ROOT / "addnorm" / "studies" / "verdicts.json", list(map(summary, results)))
+    for lang in ("en", "zh"):
+        write_text(DOCS / f"studies{SUFFIX[lang]}.md", study_markdown(results, lang))
+        write_text(DOCS / f"gallery{SUFFIX[lang]}.md", gallery_markdown(results, lang))
+        for result in results:
+            write_picture(result, PICTURES, lang)
+    return 0
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python runs/studies.py FOLDER")
+    sys.exit(main(Path(sys.argv[1])))
