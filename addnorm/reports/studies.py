@@ -29,7 +29,7 @@ from addnorm.reports.study_words import (
 COLOURS = {"SUPPORTED": "green", "REFUTED": "red", "INCONCLUSIVE": "yellow", "": "dim"}
 WIDE = 100  # columns from which the list has titles, minutes and modes
 WORDS = {
-    "study": ("study", "研究"),
+    "study": ("study", "实验"),
     "title": ("about", "内容"),
     "verdict": ("verdict", "结论"),
     "effect": ("effect [95 % interval]", "效应 [95% 区间]"),
@@ -42,7 +42,7 @@ WORDS = {
     "failed": ("failed", "失败"),
     "left": ("left", "剩余"),
     "document": ("document", "文档"),
-    "claim": ("claim", "主张"),
+    "claim": ("claim", "论断"),
     "heavy": (
         "* heavy: --all leaves it out unless --long is given",
         "* 耗时较长：--all 只有加 --long 才会运行它",

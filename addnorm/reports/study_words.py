@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 VERDICTS = {
     "SUPPORTED": ("supported", "支持"),
     "REFUTED": ("refuted", "否定"),
-    "INCONCLUSIVE": ("inconclusive", "无法断定"),
+    "INCONCLUSIVE": ("inconclusive", "不能断定"),
     "": ("not run yet", "尚未运行"),
 }
 MODES = {"quick": ("quick", "快速"), "default": ("default", "默认"), "long": ("long", "加长")}
