@@ -323,10 +323,13 @@ def code_of(function: Callable[..., Any]) -> str:
 
 
 def _collect(value: Any, found: dict[str, str]) -> None:
+    source = inspect.getsource(value)
     name = f"{value.__module__}.{value.__qualname__}"
+    if "<lambda>" in name:  # several of one name
+        name += f" {source}"
     if name in found:
         return
-    found[name] = inspect.getsource(value)
+    found[name] = source
     codes = [f.__code__ for f in _functions(value)]
     while codes:
         code = codes.pop()
@@ -337,7 +340,23 @@ def _collect(value: Any, found: dict[str, str]) -> None:
             if isinstance(other, type | types.FunctionType) and home.startswith("addnorm.studies."):
                 _collect(other, found)
             elif isinstance(other, int | float | str | tuple | list | dict):
-                found[place] = repr(other)
+                found[place] = _constant(other, found)
+
+
+def _constant(value: Any, found: dict[str, str]) -> str:
+    """Return a constant as text, the same in every process: functions in it by name and source."""
+    if isinstance(value, types.FunctionType | types.BuiltinFunctionType | type):
+        if isinstance(value, types.FunctionType) and value.__module__.startswith("addnorm.studies"):
+            _collect(value, found)
+        return f"{value.__module__}.{value.__qualname__}"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{k!r}: {_constant(v, found)}' for k, v in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(_constant(item, found) for item in value)}]"
+    if type(value) is tuple:
+        inside = ", ".join(_constant(item, found) for item in value)
+        return f"({inside},)" if len(value) == 1 else f"({inside})"
+    return repr(value)
 
 
 def _globals(names: Sequence[str], space: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
