@@ -178,7 +178,9 @@ def _outcome(erratum: Erratum, verdicts: Mapping[tuple[str, str], str]) -> tuple
             return "fails", Words(
                 f"Not in the bibliography: {listed}.", f"文献表中没有：{listed}。"
             )
-        return "holds", Words("The sources say so.", "见所引文献。")
+        return "holds", Words(
+            "As the sources say; nothing is computed.", "依据所引文献，不做计算。"
+        )
     return "holds", Words("The document shows it.", "文中即可看出。")
 
 
