@@ -83,6 +83,44 @@ class UnbiasedLayerNorm(nn.Module):
         return centred / torch.sqrt(variance + self.eps) * self.weight + self.bias
 
 
+class UndefinedParts(nn.Module):
+    """004:113-114, E40: built from two classes that exist neither in the example nor in torch.
+
+    Healthy: `ResidualLayer`.
+    """
+
+    def __init__(self, d_model: int, d_inner: int) -> None:
+        super().__init__()
+        self.attention = MultiHeadAttention(d_model, d_inner)  # type: ignore[name-defined] # noqa: F821
+        self.feedforward = PositionwiseFeedForward(d_model, d_inner)  # type: ignore[name-defined] # noqa: F821
+
+
+class InnerWidth(nn.Module):
+    """004:113, E40: an attention that is told the hidden width, which is the feed-forward's.
+
+    torch's own class takes it for the number of heads. Healthy: `ResidualLayer`.
+    """
+
+    def __init__(self, d_model: int, d_inner: int) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(d_model, d_inner, num_heads=8)  # type: ignore[misc]
+
+
+class SequenceNorm(nn.Module):
+    """002:45-52, E25: mean and variance over the sequence, so that every token sees the others.
+
+    Without a constant under the root, without gain and bias. Healthy: `LayerNorm`.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x (B, T, D)` normalised along T."""
+        return (x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True, unbiased=False)
+
+
 class StreamDropout(nn.Module):
     """002:111, E27: dropout on the stream after the addition, so that the skip fades with depth.
 
@@ -101,8 +139,25 @@ class StreamDropout(nn.Module):
         return y
 
 
+class InputDropout(nn.Module):
+    """002:115-117: dropout on what the feed-forward reads, and none on what it adds.
+
+    Healthy: `BranchDropout`.
+    """
+
+    def __init__(self, dim: int, rate: float = 0.1) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.branch = FeedForward(dim)
+        self.dropout = nn.Dropout(rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x + F(dropout(N(x)))."""
+        return x + self.branch(self.dropout(self.norm(x)), Context())
+
+
 class BranchDropout(nn.Module):
-    """x + dropout(F(N(x))): the healthy counterpart of `StreamDropout`."""
+    """x + dropout(F(N(x))): the healthy counterpart of `StreamDropout` and `InputDropout`."""
 
     def __init__(self, dim: int, rate: float = 0.1) -> None:
         super().__init__()
@@ -222,14 +277,18 @@ class Twin:
     sick: Callable[..., object]
     healthy: Callable[..., object]
     document: str  # document and lines
-    erratum: str
+    erratum: str  # empty where it is none but a custom that is not kept
 
 
 TWINS: Mapping[str, Twin] = {
     "inplace": Twin(InplaceBlock, ResidualBlock, "004:27-43", "E37"),
     "doubled": Twin(DoubledLayer, ResidualLayer, "004:120-126", "E39"),
     "unbiased": Twin(UnbiasedLayerNorm, LayerNorm, "004:82", "E38"),
+    "undefined": Twin(UndefinedParts, ResidualLayer, "004:113-114", "E40"),
+    "inner-width": Twin(InnerWidth, ResidualLayer, "004:113", "E40"),
     "stream-dropout": Twin(StreamDropout, BranchDropout, "002:111", "E27"),
+    "input-dropout": Twin(InputDropout, BranchDropout, "002:115-117", ""),
+    "sequence-norm": Twin(SequenceNorm, LayerNorm, "002:45-52", "E25"),
     "batch-mixer": Twin(BatchMixer, Mixer, "002:95", "E28"),
     "mask-keyword": Twin(MaskKeyword, AttnMaskKeyword, "002:109", "E26"),
     "one-skip": Twin(OneSkip, TwoSkips, "002:27-30", "E23"),

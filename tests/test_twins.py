@@ -43,7 +43,7 @@ def test_every_twin_says_where_it_is_printed(name):
     """Its docstring begins with document, lines and erratum, and names the counterpart."""
     twin = TWINS[name]
     text = twin.sick.__doc__
-    assert text.startswith(f"{twin.document}, {twin.erratum}: ")
+    assert text.startswith(twin.document + (f", {twin.erratum}: " if twin.erratum else ": "))
     assert twin.healthy.__name__ in text
     assert re.fullmatch(r"00[0-4]:\d+(-\d+)?", twin.document)
 
@@ -155,6 +155,26 @@ def test_unbiased_is_nan_at_one(health):
     assert torch.isnan(y).all() == (health == "sick")
 
 
+# -- 004, parts that do not exist ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("undefined", NameError, "name 'MultiHeadAttention' is not defined"),
+        ("inner-width", TypeError, "got multiple values for argument 'num_heads'"),
+    ],
+)
+def test_parts_that_cannot_be_built(name, error, message, health):
+    """The sick layers fail when they are built."""
+    if health == "sick":
+        with pytest.raises(error, match=message):
+            make(name, health, 16, 32)
+        return
+    x = torch.randn(2, 3, 16)
+    assert make(name, health, 16, 32)(x).shape == x.shape
+
+
 # -- 002 ---------------------------------------------------------------------------------------
 
 
@@ -170,6 +190,28 @@ def test_stream_dropout_is_silent_in_evaluation(health):
     """In evaluation both pass x on."""
     x = torch.randn(2, 3, 8)
     assert torch.equal(silenced(make("stream-dropout", health, 8)).eval()(x), x)
+
+
+def test_input_dropout_keeps_every_update(health):
+    """In training half of the healthy updates are 0 at a rate of a half, and no sick one is."""
+    layer, x = make("input-dropout", health, 64, 0.5), torch.randn(4, 16, 64)
+    lost = (layer(x) == x).double().mean().item()
+    assert lost == pytest.approx(0.0 if health == "sick" else 0.5, abs=0.03)
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+
+
+def test_sequence_norm_joins_the_tokens(health):
+    """Another last token changes the first one's output; the sick norm levels every channel."""
+    norm, x = make("sequence-norm", health, 8), torch.randn(2, 5, 8) + 3
+    other = x.clone()
+    other[:, 4] = torch.randn(2, 8)
+    leaks = not torch.allclose(norm(x)[:, 0], norm(other)[:, 0])
+    assert leaks == (health == "sick")
+    axis = 1 if health == "sick" else 2
+    torch.testing.assert_close(
+        norm(x).mean(axis), torch.zeros_like(x.mean(axis)), atol=1e-6, rtol=0
+    )
 
 
 def test_batch_mixer_mixes_examples(health):

@@ -1,0 +1,734 @@
+"""ST-20 The clinic: every printed block and drawing of the documents beside its corrected form."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from addnorm import twins
+from addnorm.branches import Context
+from addnorm.contract import Stack
+from addnorm.models.babygpt import LADDER
+from addnorm.models.gpt import GPT, GPTConfig
+from addnorm.models.layers import Attention, AttentionConfig, FeedForward, FeedForwardConfig
+from addnorm.models.residual_layer import LayerNorm, ResidualBlock, ResidualLayer
+from addnorm.norms import NORMS
+from addnorm.probe.lint import lint
+from addnorm.probe.trace import Finding
+from addnorm.studies import drawings
+from addnorm.studies.drawings import Drawn, Edges
+from addnorm.studies.frame import (
+    Claim,
+    Contrast,
+    Metric,
+    Mode,
+    Plot,
+    Rows,
+    Study,
+    Words,
+)
+
+D, HEADS, HIDDEN, RATE = 16, 2, 32, 0.5  # widths; RATE is that of every dropout
+CLOSE = 1e-4  # relative: two computations of the same are closer than this
+# What is looked at, by name; a check that does not apply is passed.
+CHECKS = (
+    "built",  # it can be built and called
+    "skip",  # with silent branches the stream comes out, and the linter says no other
+    "jacobian",  # with silent branches the Jacobian is that of the stream: I, unless post-norm
+    "input",  # the caller's tensor is not changed
+    "steady",  # with silent branches nothing is random in training
+    "trains",  # a gradient comes back from two in a row
+    "apart",  # entries that must not see one another do not
+    "norm",  # a norm divides by the variance, and not by D - 1
+    "dropout",  # dropout falls on what is added
+    "repeat",  # asked twice, it answers the same
+    "edges",  # no edge twice, and no addition with one input
+    "agree",  # what describes the same thing computes the same
+    "lines",  # the cited lines hold what they are cited for
+)
+
+
+def same(x: Tensor) -> Tensor:
+    """Return x: the stream of a block that leaves it alone."""
+    return x
+
+
+def normed(x: Tensor) -> Tensor:
+    """Return N(x): the stream of a post-norm block."""
+    return F.layer_norm(x, x.shape[-1:])
+
+
+@dataclass
+class Case:
+    """One side of a twin: what is examined, and what should come out."""
+
+    make: Callable[[], nn.Module] | None = None  # the block, on x (B, ..., D)
+    stream: Callable[[Tensor], Tensor] | None = same  # of silent branches; None: it has no skip
+    others: Sequence[Callable[[Tensor], Tensor]] = ()  # which must agree with it in evaluation
+    images: bool = False
+    axes: Sequence[int] = (0,)  # along which no entry may see another
+    drops: bool = False  # whether it has dropout of RATE on one branch
+    listing: Callable[[nn.Module, Callable[[], Tensor]], dict[str, float]] | None = None
+    edges: Edges = ()
+    cited: Sequence[tuple[tuple[int, int], tuple[int, int]]] = ()  # lines cited, lines meant
+    network: Callable[[], nn.Module] | None = None  # the network that it is a block of
+
+
+@dataclass
+class Pair:
+    """What a document prints and what is right, and what must tell them apart."""
+
+    printed: Case
+    corrected: Case
+    fails: Sequence[str] = ()  # checks that name the defect; none: it is sound as printed
+    errors: Sequence[str] = field(default_factory=tuple)  # what its exceptions say
+
+
+def pairs() -> dict[str, Callable[[], Pair]]:
+    """Return by name what builds each printed block or drawing with its corrected form."""
+    layer = Case(lambda: ResidualLayer(D, HIDDEN, heads=HEADS))
+    dropped = Case(lambda: twins.BranchDropout(D, RATE), drops=True)
+    norm = Case(lambda: LayerNorm(D), None, [normed], axes=(0, 1))
+    return {
+        "000 v7-block": lambda: _known(_stack("residual"), drawings.TWO_SKIPS, "babygpt-v7"),
+        "000 v9-block": lambda: _known(_stack("prenorm"), drawings.PRE_NORM, "babygpt-v9"),
+        "000 v9-drawing": _drawing,
+        "000 source-lines": lambda: Pair(
+            Case(cited=CITED), Case(cited=[(meant, meant) for _, meant in CITED]), ("lines",)
+        ),
+        "001 rows": _rows,
+        "001 residual-block": lambda: _known(_row("residual"), drawings.RESIDUAL_ROW),
+        "001 prenorm-drawing": lambda: _known(_stack("prenorm", "rmsnorm"), drawings.PRE_NORM),
+        "001 prenorm-box": lambda: _known(_box("prenorm", "rmsnorm"), drawings.PRE_BOX),
+        "001 postnorm-box": lambda: _known(_box("postnorm"), drawings.POST_BOX, stream=normed),
+        "002 one-skip": lambda: Pair(
+            Case(lambda: twins.OneSkip(D, HEADS)),
+            Case(lambda: twins.TwoSkips(D, HEADS)),
+            ("skip", "jacobian"),
+        ),
+        "002 placements": lambda: _readings(
+            drawings.LINE_34,
+            drawings.LINES_38_39,
+            drawings.LINE_77,
+            drawings.LINE_80,
+            drawings.PRE_NORM,
+        ),
+        "002 words-formula": lambda: _readings(drawings.LINE_77, drawings.LINE_80),
+        "002 sequence-norm": lambda: Pair(
+            Case(lambda: twins.SequenceNorm(D), None, [normed], axes=(0, 1)),
+            norm,
+            ("apart", "agree"),
+        ),
+        "002 attention-formula": _attention,
+        "002 ffn-formula": _feedforward,
+        "002 batch-mixer": lambda: Pair(
+            Case(lambda: twins.BatchMixer(D, HEADS)),
+            Case(lambda: twins.Mixer(D, HEADS)),
+            ("apart",),
+        ),
+        "002 mask-keyword": lambda: Pair(
+            Case(lambda: twins.MaskKeyword(D, HEADS)),
+            Case(lambda: twins.AttnMaskKeyword(D, HEADS)),
+            ("built",),
+            ("unexpected keyword argument 'mask'",),
+        ),
+        "002 stream-dropout": lambda: Pair(
+            Case(lambda: twins.StreamDropout(D, RATE)), dropped, ("steady",)
+        ),
+        "002 input-dropout": lambda: Pair(
+            Case(lambda: twins.InputDropout(D, RATE), drops=True), dropped, ("dropout",)
+        ),
+        "003 accumulated": lambda: Pair(
+            Case(listing=twins.accumulated_gradients), Case(listing=twins.gradients), ("repeat",)
+        ),
+        "004 inplace": lambda: Pair(
+            Case(lambda: twins.InplaceBlock(4, 4), F.relu, images=True),
+            Case(lambda: ResidualBlock(4, 4), F.relu, images=True),
+            ("input", "trains"),
+            ("modified by an inplace operation", "a leaf Variable that requires grad"),
+        ),
+        "004 unbiased": lambda: Pair(
+            Case(lambda: twins.UnbiasedLayerNorm(D), None, axes=(0, 1)), norm, ("norm",)
+        ),
+        "004 doubled": lambda: Pair(
+            Case(lambda: twins.DoubledLayer(D, HIDDEN, heads=HEADS)), layer, ("skip", "jacobian")
+        ),
+        "004 undefined": lambda: Pair(
+            Case(lambda: twins.UndefinedParts(D, HIDDEN)),
+            layer,
+            ("built",),
+            ("name 'MultiHeadAttention' is not defined",),
+        ),
+        "004 inner-width": lambda: Pair(
+            Case(lambda: twins.InnerWidth(D, HIDDEN)),
+            layer,
+            ("built",),
+            ("multiple values for argument 'num_heads'",),
+        ),
+    }
+
+
+# 000:55, 85 and 115: cited lines, and where commit 278aa76 of simpx/buildyourownllm has it: the
+# additions of v7, its n_layer, the additions of v9.
+CITED = (((45, 46), (49, 50)), ((15, 16), (20, 20)), ((45, 46), (51, 52)))
+# The residual row of 001 with the activation behind the addition, as He et al. 2015 have it.
+RECTIFIED: Edges = (
+    *drawings.RESIDUAL_ROW[:-1], ("add 1", "act 2"), ("act 2", "output"),
+)  # fmt: skip
+
+
+def _stack(wiring: str, norm: str = "layernorm") -> Stack:
+    """Return one Transformer layer of two connections."""
+    relu = FeedForwardConfig(activation="relu")
+    layer = [Attention(D, HEADS, causal=False), FeedForward(D, HIDDEN, config=relu)]
+    return Stack(layer, wiring, dim=D, parts=2, norm=NORMS[norm])
+
+
+def _row(wiring: str) -> Stack:
+    """Return one residual block of two weight layers with a ReLU between them."""
+    row = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, D))
+    return Stack([row], wiring, dim=D, start="torch")
+
+
+def _drawn(stack: Stack, edges: Edges) -> Callable[[], Drawn]:
+    """Return what builds a drawing from the parts of a stack, whose weights it shares."""
+    parts: dict[str, nn.Module] = {"act 1": nn.ReLU(), "act 2": nn.ReLU()}
+    for index, connection in enumerate(stack, 1):
+        branch = connection.branch
+        if isinstance(branch, Attention | FeedForward):
+            parts["attention" if isinstance(branch, Attention) else "ffn"] = branch
+        else:
+            linear = [m for m in branch.modules() if isinstance(m, nn.Linear)]
+            parts |= {f"weights {i}": m for i, m in enumerate(linear, 1)}
+        for name in ("norm", "norm_in"):
+            found = dict(connection.named_children()).get(name)
+            parts |= {f"norm {index}": found} if found is not None else {}
+    return lambda: Drawn(edges, parts)
+
+
+def _box(wiring: str, norm: str = "layernorm") -> Stack:
+    """Return one connection around attention."""
+    return Stack([Attention(D, HEADS, causal=False)], wiring, dim=D, norm=NORMS[norm])
+
+
+def _known(
+    stack: Stack, edges: Edges, network: str = "", stream: Callable[[Tensor], Tensor] = same
+) -> Pair:
+    """Return a sound drawing beside the wiring of the catalogue that it must equal."""
+    whole = (lambda: GPT(GPTConfig(**LADDER[network], vocab_size=64))) if network else None
+    return Pair(
+        Case(_drawn(stack, edges), stream, [stack], edges=edges),
+        Case(lambda: stack, stream, network=whole),
+    )
+
+
+def _drawing() -> Pair:
+    """000:101-112: the flow chart as drawn, and with its missing edge."""
+    pre = _stack("prenorm")
+    return Pair(
+        Case(_drawn(pre, drawings.DRAWN), edges=drawings.DRAWN),
+        Case(_drawn(pre, drawings.PRE_NORM), same, [pre], edges=drawings.PRE_NORM),
+        ("edges", "skip", "jacobian"),
+    )
+
+
+def _rows() -> Pair:
+    """001:86-104: without its skip the residual row should be the plain row, but lacks a ReLU."""
+    row = _row("postact")
+    return Pair(
+        Case(_drawn(row, drawings.ROW_WITHOUT_SKIP), None, [_drawn(row, drawings.PLAIN_ROW)()]),
+        Case(lambda: row, F.relu, [_drawn(row, RECTIFIED)()]),
+        ("agree",),
+    )
+
+
+def _readings(first: Edges, *others: Edges) -> Pair:
+    """002:34-118: several descriptions of one block, and the one that is right."""
+    pre = _stack("prenorm")
+    return Pair(
+        Case(_drawn(pre, first), same, [_drawn(pre, edges)() for edges in others]),
+        Case(_drawn(pre, drawings.PRE_NORM), same, [pre]),
+        ("agree",),
+    )
+
+
+class Written(nn.Module):
+    """A formula written out over the weights of a branch; it has no skip."""
+
+    def __init__(self, branch: nn.Module, formula: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.branch = branch
+        self.formula = formula
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the formula of `x (B, T, D)`."""
+        return self.formula(self.branch, x)
+
+
+def _attention() -> Pair:
+    """002:60: softmax(Q K' / sqrt(d)) V of one head, tokens in rows, beside torch's own."""
+    bare = AttentionConfig(attention_projection=False)
+    branch = Attention(D, 1, causal=False, config=bare)
+
+    def written(module: Attention, x: Tensor) -> Tensor:
+        q, k, v = (x @ w.T + b for w, b in zip(*_thirds(module), strict=True))
+        weights = torch.softmax(q @ k.transpose(-2, -1) / D**0.5, -1)
+        return weights @ v
+
+    def torchs(x: Tensor) -> Tensor:
+        q, k, v = (x @ w.T + b for w, b in zip(*_thirds(branch), strict=True))
+        return F.scaled_dot_product_attention(q, k, v)
+
+    def ours(x: Tensor) -> Tensor:
+        return branch(x, Context())
+
+    return Pair(
+        Case(lambda: Written(branch, written), None, [torchs, ours]),
+        Case(lambda: Written(branch, lambda module, x: module(x, Context())), None, [torchs]),
+    )
+
+
+def _thirds(module: Attention) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Return weights and biases of query, key and value."""
+    return module.qkv.weight.chunk(3), module.qkv.bias.chunk(3)
+
+
+def _feedforward() -> Pair:
+    """002:70: max(0, a W_1 + b_1) W_2 + b_2, beside the branch of the Transformer."""
+    branch = FeedForward(D, HIDDEN, config=FeedForwardConfig(activation="relu"))
+
+    def written(module: FeedForward, a: Tensor) -> Tensor:
+        assert module.out is not None
+        hidden = (a @ module.lift.weight.T + module.lift.bias).clamp(min=0)
+        return hidden @ module.out.weight.T + module.out.bias
+
+    def ours(x: Tensor) -> Tensor:
+        return branch(x, Context())
+
+    return Pair(
+        Case(lambda: Written(branch, written), None, [ours]),
+        Case(lambda: Written(branch, lambda module, x: module(x, Context())), None, [ours]),
+    )
+
+
+# -- the examination -----------------------------------------------------------------------------
+
+
+def measure(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """Examine one side of one twin: 1 for a check that is passed, 0 for one that is failed."""
+    torch.manual_seed(cell["seed"])
+    pair = pairs()[cell["twin"]]()
+    case = pair.printed if cell["side"] == "printed" else pair.corrected
+    found = examined(case)
+    named = pair.fails if cell["side"] == "printed" else ()
+    said = pair.errors if cell["side"] == "printed" else ()
+    checks = {name: float(found[name]) for name in CHECKS}
+    return {
+        **checks,
+        "failed_checks": sum(1 - v for v in checks.values()),
+        "sick": float(bool(pair.fails)),
+        "named": float(all(not found[name] for name in named)),
+        "said": float(bool(found["errors"]) == bool(said) and all(s in found["errors"] for s in said)),
+        "left": found["left"],
+        "parameters": found["parameters"],
+        **_facts(case),
+    }  # fmt: skip
+
+
+def examined(case: Case) -> dict[str, Any]:
+    """Return for each check whether it is passed, and `errors`, `left` and `parameters`."""
+    found: dict[str, Any] = dict.fromkeys(CHECKS, True)
+    found |= {"errors": "", "left": 0.0, "parameters": 0}
+    found["repeat"] = case.listing is None or _repeats(case.listing)
+    found["edges"] = not drawings.doubled(case.edges) and not drawings.lonely(case.edges)
+    found["lines"] = all(a <= c and d <= b for (a, b), (c, d) in case.cited)
+    if case.make is None:
+        return found
+    x = torch.randn(2, 4, 6, 6) if case.images else torch.randn(3, 5, D)
+    try:
+        block = case.make().eval()
+        block(x.clone())
+    except (AssertionError, NameError, TypeError) as error:
+        return found | {"built": False, "errors": str(error)}
+    found["parameters"] = sum(p.numel() for p in block.parameters())
+    findings = [f for axis in case.axes for f in lint(block, x, batch_dim=axis)]
+    for check, code in LINTED.items():
+        found[check] = not any(f.code == code for f in findings)
+    found["errors"] = _errors(block, x)
+    if case.stream is not None:
+        silenced = silent(block)
+        found["left"] = _distance(silenced(x.double()), case.stream(x.double()))
+        found["skip"] = found["left"] < CLOSE and not _objections(findings, case.stream is same)
+        small = x[:1, :2, :2, :2] if case.images else x[:1, :2]
+        if case.images:
+            small = torch.randn(1, 4, 2, 2)
+        found["jacobian"] = (
+            _distance(_jacobian(silenced, small), _jacobian(case.stream, small)) < CLOSE
+        )
+    with torch.no_grad():
+        found["agree"] = all(_distance(other(x), block(x.clone())) < CLOSE for other in case.others)
+    if case.drops:
+        lost = (block.train()(x) == x).double().mean()
+        found["dropout"] = abs(float(lost) - RATE) < RATE / 2
+    return found  # fmt: skip
+
+
+LINTED = {
+    "input": "mutated-input",
+    "steady": "stream-dropout",
+    "trains": "unstackable",
+    "apart": "mixed-batch",
+    "norm": "unbiased-norm",
+}
+
+
+def _objections(findings: Sequence[Finding], alone: bool) -> list[Finding]:
+    """Return what the linter says against the skip; a note is none where the stream is normed."""
+    return [
+        f
+        for f in findings
+        if f.code in ("broken-skip", "changed-skip") and (alone or f.severity != "note")
+    ]
+
+
+def silent(block: nn.Module) -> nn.Module:
+    """Return a copy in float64 and evaluation whose matrices and kernels, and their biases, are 0."""
+    made = copy.deepcopy(block).double().eval()
+    for module in made.modules():
+        own = list(module.parameters(recurse=False))
+        if any(p.dim() > 1 for p in own):
+            for parameter in own:
+                nn.init.zeros_(parameter)
+    return made.requires_grad_(False)
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    """Return |one - other| over |other|."""
+    return float(((one - other).norm() / other.norm()).detach())
+
+
+def _jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return the Jacobian at x by central differences, which an operation in place cannot stop."""
+    x, step = x.double(), 1e-5
+    columns = []
+    for direction in torch.eye(x.numel(), dtype=torch.float64).view(-1, *x.shape):
+        ahead, behind = function(x + step * direction), function(x - step * direction)
+        columns.append((ahead - behind).flatten() / (2 * step))
+    return torch.stack(columns, -1)
+
+
+def _errors(block: nn.Module, x: Tensor) -> str:
+    """Return what goes wrong on a leaf that asks for a gradient, and through two in a row."""
+
+    def leaf() -> None:
+        """Call it on a leaf."""
+        block(x.clone().requires_grad_())
+
+    def twice() -> None:
+        """Send a gradient through two."""
+        start = x * torch.ones((), requires_grad=True)
+        total: Tensor = block(block(start)).square().sum()
+        total.backward()  # type: ignore[no-untyped-call]
+
+    said = []
+    for tried in (leaf, twice):
+        try:
+            tried()
+        except RuntimeError as error:
+            said.append(str(error))
+    return "; ".join(said)
+
+
+def _repeats(listing: Callable[[nn.Module, Callable[[], Tensor]], dict[str, float]]) -> bool:
+    """Whether the gradients of one network are listed alike twice."""
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.GELU(), nn.Linear(3, 1)), torch.randn(4, 3)
+    first, second = (listing(model, lambda: model(x).square().mean()) for _ in range(2))
+    return all(abs(second[name] / value - 1) < CLOSE for name, value in first.items())
+
+
+def _facts(case: Case) -> dict[str, int]:
+    """Return norms and layers of the network that the block belongs to; of none, 0."""
+    modules = list(case.network().modules()) if case.network else []
+    return {
+        "norms": sum(isinstance(m, nn.LayerNorm) for m in modules),
+        "layers": sum(isinstance(m, Attention) for m in modules),
+    }
+
+
+# -- the study -----------------------------------------------------------------------------------
+
+
+def _sum(rows: Rows, metric: str, **levels: Any) -> float:
+    return float(sum(rows.only(**levels).column(metric)))
+
+
+def _wrong(rows: Rows) -> float:
+    """Return how many sick twins keep their defect to themselves, and healthy ones fail a check."""
+    missed = [row for row in rows if row["sick"] and not row["named"]]
+    unexpected = [row for row in rows if not row["said"]]
+    alarms = [
+        row
+        for row in rows
+        if row["failed_checks"] and (row["side"] == "corrected" or not row["sick"])
+    ]
+    return float(len(missed) + len(unexpected) + len(alarms))
+
+
+def _missed(twin: str) -> Callable[[Rows], float]:
+    """Return whether a printed side passes what names its defect, 1 or 0."""
+
+    def effect(rows: Rows) -> float:
+        (row,) = rows.only(twin=twin, side="printed")
+        return float(not row["named"] or not row["said"])
+
+    return effect
+
+
+def _failed(twin: str) -> Callable[[Rows], float]:
+    return lambda rows: _sum(rows, "failed_checks", twin=twin, side="printed")
+
+
+def _fact(metric: str, twin: str, value: int) -> Callable[[Rows], float]:
+    return lambda rows: float(rows.value(metric, twin=twin, side="corrected") - value)
+
+
+def _norms(rows: Rows) -> float:
+    """Return how far v7 is from no norm, and v9 from one per sublayer and one at the end."""
+    expected = {"000 v7-block": 0, "000 v9-block": 7}
+    return sum(abs(_fact("norms", twin, count)(rows)) for twin, count in expected.items())
+
+
+def _added(rows: Rows) -> float:
+    """Return the parameters that two skips add to a layer that had none."""
+    both = [rows.value("parameters", twin="004 doubled", side=s) for s in ("printed", "corrected")]
+    return float(both[1] - both[0])
+
+
+def _exact(name: str, effect: Callable[[Rows], float], en: str, zh: str, unit: Words) -> Contrast:
+    return Contrast(Words(en, zh), effect, limit=0, rule="exact", unit=unit, name=name)
+
+
+MISSED, FAILED = Words("defects missed", "漏检的缺陷"), Words("failed checks", "未通过的检查")
+TITLES: Mapping[str, Words] = {
+    "built": Words("it can be built and called", "能够构造并调用"),
+    "skip": Words("silent branches: the stream comes out", "分支输出零时残差流原样输出"),
+    "jacobian": Words("silent branches: the Jacobian is the stream's", "分支输出零时雅可比矩阵正确"),
+    "input": Words("the caller's tensor is not changed", "不改动调用者的张量"),
+    "steady": Words("nothing random on the stream", "残差流上没有随机性"),
+    "trains": Words("two in a row train", "两个相接可以训练"),
+    "apart": Words("entries stay apart", "样本互不混合"),
+    "norm": Words("the norm divides by D", "归一化除以 D"),
+    "dropout": Words("dropout falls on what is added", "dropout 作用于所加的量"),
+    "repeat": Words("asked twice, the same answer", "重复调用结果相同"),
+    "edges": Words("no doubled edge, no lonely addition", "没有重复的边和单输入的加法"),
+    "agree": Words("descriptions agree", "各种描述一致"),
+    "lines": Words("cited lines are right", "引用的行号正确"),
+}  # fmt: skip
+
+STUDY = Study(
+    id="ST-20",
+    name="clinic",
+    title=Words("The clinic: code and drawings", "门诊：代码与图"),
+    question=Words(
+        "Do the blocks and drawings of the documents do what a residual connection must do, and which "
+        "check tells a defect?",
+        "各文档中的代码块和示意图是否真的实现了残差连接？哪一项检查能发现缺陷？",
+    ),
+    design=Words(
+        "Every printed block, formula and drawing is written anew as a small module with the same "
+        "behaviour, beside its corrected form; drawings and formulas are edge lists that compute. Both "
+        "go through the same thirteen checks. The main one needs no knowledge of the code: silence the "
+        "branches (all their matrices 0), and the stream must come out unchanged, with the Jacobian I. "
+        "The others: the linter's (input changed, random stream, no backward pass, mixed batch, "
+        "variance over D - 1), agreement of what describes the same thing, edges, cited lines.",
+        "每个印出的代码块、公式和示意图都重写成行为相同的小模块，并配上改正后的形式；图和公式写成可以运行的边表。"
+        "两者都接受同样的十三项检查。其中最主要的一项不需要读代码：让分支输出零（所有矩阵置零），残差流必须原样"
+        "输出，雅可比矩阵为 I。其余各项：静态检查器所查的（改动输入、残差流随机、无法反向传播、批内混合、方差除以 "
+        "D - 1）、同一事物的不同描述是否一致、图中的边、引用的行号。",
+    ),
+    controls=Words(
+        "Eight of the 25 blocks are sound as printed: they must pass everything, as must all corrected "
+        "forms, so that a check that always fails would be found out. Weights and inputs are drawn anew "
+        "for every seed, and both sides of a twin have the same ones. Nothing is trained.",
+        "25 个代码块、公式和图中有 8 个本来就正确：它们和所有改正后的形式一样，必须通过全部检查，这样总报错的检查也会暴露。"
+        "每个种子重新抽取权重和输入，同一对的两边完全相同。不涉及训练。",
+    ),
+    lesson=Words(
+        "Silence the branches and see whether the input comes back: this one test finds a lost skip in a "
+        "module, in a description and in a drawing, without a look at the code. It names three of the 17 "
+        "defects: an input changed in place, dropout on the stream, or a batch read as a sequence each "
+        "need a test of their own.",
+        "让分支输出零，看输入是否原样返回：不必读代码，只凭这一项就能在模块、描述和图中查出丢失的捷径。17 个缺陷中它能"
+        "指出 3 个；就地修改输入、残差流上的 dropout、把批次当成序列来读等，各需要自己的检查。",
+    ),
+    claims=(
+        Claim("0.2", "000", 29, Words(
+            "A block adds attention of x to x and then the feed-forward to the sum, so that x passes on.",
+            "块先把 x 的注意力加到 x 上，再加上前馈网络的输出，x 因此得以传递。",
+        ), by="v7-block"),
+        Claim("0.9", "000", 78, Words("Version 7 stacks three blocks.", "v7 堆叠了三个块。"), by="three-blocks"),
+        Claim("0.16", "000", 90, Words(
+            "Version 7 has no layer norm; version 9 has one in front of each sublayer.",
+            "v7 没有层归一化；v9 在每个子层之前有一个。",
+        ), by="norms"),
+        Claim("0.20", "000", 101, Words(
+            "The flow chart shows a skip around each of the two sublayers.",
+            "流程图画出了绕过两个子层的捷径。",
+        ), by="v9-drawing", stands=False),
+        Claim("0.21", "000", 55, Words(
+            "The cited lines hold the additions and the number of layers.",
+            "引用的行号就是残差加法和层数所在之处。",
+        ), by="source-lines", stands=False),
+        Claim("1.17", "001", 110, Words(
+            "The printed function is a residual block: what it returns is F(x) + x.",
+            "印出的函数是残差块：返回 F(x) + x。",
+        ), by="residual-block"),
+        Claim("1.32", "001", 198, Words(
+            "A pre-norm layer has two additions, one around norm and attention, one around norm and "
+            "feed-forward.",
+            "前置归一化的一层有两个加法，分别绕过归一化加注意力、归一化加前馈。",
+        ), by="prenorm-drawing"),
+        Claim("2.3", "002", 27, Words(
+            "A Transformer block adds its input once, after attention, feed-forward and norm, and puts an "
+            "activation such as ReLU behind the sum.",
+            "Transformer 块在注意力、前馈和归一化之后加一次输入，再经过 ReLU 之类的激活函数。",
+        ), by="one-skip", stands=False),
+        Claim("2.4", "002", 34, Words(
+            "Words, formulas and code of the document describe one block.",
+            "文档的文字、公式和代码描述的是同一个块。",
+        ), by="placements", stands=False),
+        Claim("2.6", "002", 60, Words(
+            "Attention is softmax(Q K'/√d) V.", "注意力等于 softmax(QKᵀ/√d)V。",
+        ), by="attention-formula"),
+        Claim("2.7", "002", 70, Words(
+            "The feed-forward is max(0, a W + b) W' + b'.", "前馈网络等于 max(0, aW + b)W' + b'。",
+        ), by="ffn-formula"),
+        Claim("2.8", "002", 77, Words(
+            "To norm the feed-forward's output and add x is the same as to norm x plus that output.",
+            "对前馈输出做归一化再加 x，等于对 x 与前馈输出之和做归一化。",
+        ), by="words-formula", stands=False),
+        Claim("2.9", "002", 109, Words(
+            "The printed block can be called, with and without a mask.", "印出的块可以调用，带不带掩码都行。",
+        ), by="mask-keyword", stands=False),
+        Claim("2.11", "002", 115, Words(
+            "The printed block has dropout where a Transformer has it, on what is added.",
+            "印出的块与 Transformer 一样，dropout 作用于所加的量。",
+        ), by="input-dropout", stands=False),
+        Claim("2.12", "002", 95, Words(
+            "The printed block takes a batch (B, T, D).", "印出的块可以输入 (B, T, D) 的批次。",
+        ), by="batch-mixer", stands=False),
+        Claim("4.5", "004", 24, Words(
+            "The printed block is a residual block that can be stacked.", "印出的块是可以堆叠的残差块。",
+        ), by="inplace", stands=False),
+        Claim("4.17", "004", 110, Words(
+            "The printed layer has residual connections.", "印出的层含有残差连接。",
+        ), by="doubled", stands=False),
+        Claim("4.18", "004", 113, Words(
+            "The printed layer can be built from the classes that it names.",
+            "印出的层可以用它所写的类构造出来。",
+        ), by="undefined", stands=False),
+    ),
+    factors={"twin": tuple(pairs()), "side": ("printed", "corrected")},
+    measure=measure,
+    metrics={
+        "failed_checks": Metric(Words("failed checks, of 13", "未通过的检查数，共 13 项")),
+        "left": Metric(Words(
+            "what is wrong with the stream when the branches are silent, share of its size",
+            "分支输出零时残差流的相对误差",
+        )),
+        **{name: Metric(title, Words("1 passed", "1 为通过")) for name, title in TITLES.items()},
+        "sick": Metric(Words("sick as printed", "原文有缺陷")),
+        "named": Metric(Words("the check that names the defect failed", "缺陷对应的检查未通过")),
+        "said": Metric(Words("errors are the expected ones", "报错与预期一致")),
+        "parameters": Metric(Words("parameters of the block", "块的参数量")),
+        "norms": Metric(Words("norms in the network of the block", "所属网络的归一化层数")),
+        "layers": Metric(Words("layers in the network of the block", "所属网络的层数")),
+    },
+    primary=Contrast(
+        Words(
+            "Every sick block fails the check that names its defect, and every sound or corrected one "
+            "passes them all.",
+            "每个有缺陷的块都通不过对应的检查；每个正确的或改正后的块都通过全部检查。",
+        ),
+        _wrong,
+        limit=0,
+        rule="exact",
+        unit=Words("wrong diagnoses", "误诊数"),
+    ),
+    secondary=(
+        _exact("v7-block", _failed("000 v7-block"),
+               "Block v7 passes every check and equals the wiring `residual`.",
+               "v7 的块通过全部检查，与接法 residual 相同。", FAILED),
+        _exact("three-blocks", _fact("layers", "000 v7-block", 3),
+               "Version 7 has three layers.", "v7 有三层。", Words("layers too many", "多出的层数")),
+        _exact("norms", _norms,
+               "Version 7 has no norm, version 9 has seven: two in each of three blocks and a last one.",
+               "v7 没有归一化；v9 有七个：三个块各两个，末尾一个。", Words("norms apart", "相差的归一化层数")),
+        _exact("v9-drawing", _missed("000 v9-drawing"),
+               "As drawn, the chart has an edge twice and an addition with one input, and no skip when it "
+               "is computed.",
+               "照图计算：有一条边重复，一个加法只有一个输入，也没有捷径。", MISSED),
+        _exact("source-lines", _missed("000 source-lines"),
+               "Three cited ranges do not hold the lines that they are cited for.",
+               "有三处引用的行号范围不包含所指的代码。", MISSED),
+        _exact("residual-block", _failed("001 residual-block"),
+               "The function of document 001 passes every check and equals the wiring `residual`.",
+               "文档 001 的函数通过全部检查，与接法 residual 相同。", FAILED),
+        _exact("prenorm-drawing", _failed("001 prenorm-drawing"),
+               "The pre-norm layer as drawn passes every check and equals the wiring `prenorm`.",
+               "照图计算的前置归一化层通过全部检查，与接法 prenorm 相同。", FAILED),
+        _exact("one-skip", _missed("002 one-skip"),
+               "With silent branches the block as described does not return its input.",
+               "分支输出零时，按所述结构的块不返回它的输入。", MISSED),
+        _exact("placements", _missed("002 placements"),
+               "Words, formulas and code, run on the same parts, compute different things.",
+               "用同样的部件分别按文字、公式和代码计算，结果不同。", MISSED),
+        _exact("attention-formula", _failed("002 attention-formula"),
+               "The formula, tokens in rows, equals torch's attention.",
+               "以行表示词元时，公式与 torch 的注意力相等。", FAILED),
+        _exact("ffn-formula", _failed("002 ffn-formula"),
+               "The formula equals the feed-forward of the Transformer.",
+               "公式与 Transformer 的前馈网络相等。", FAILED),
+        _exact("words-formula", _missed("002 words-formula"),
+               "x + N(F(x)) and N(x + F(x)) differ.", "x + N(F(x)) 与 N(x + F(x)) 不相等。", MISSED),
+        _exact("mask-keyword", _missed("002 mask-keyword"),
+               "Every call of the printed block is a TypeError: attention knows no `mask`.",
+               "印出的块一调用就是 TypeError：注意力没有参数 mask。", MISSED),
+        _exact("input-dropout", _missed("002 input-dropout"),
+               "In training no update of the feed-forward is dropped.",
+               "训练时前馈网络的更新没有一个被丢弃。", MISSED),
+        _exact("batch-mixer", _missed("002 batch-mixer"),
+               "Given (B, T, D), examples of a batch change each other's outputs.",
+               "输入 (B, T, D) 时，同一批的样本互相影响输出。", MISSED),
+        _exact("inplace", _missed("004 inplace"),
+               "The block changes its input, refuses a leaf that asks for a gradient, and two in a row have "
+               "no backward pass.",
+               "该块改动输入，拒绝需要梯度的叶子张量，两个相接无法反向传播。", MISSED),
+        _exact("doubled", _missed("004 doubled"),
+               "With silent branches the printed layer returns nothing of its input.",
+               "分支输出零时，印出的层不返回输入的任何部分。", MISSED),
+        _exact("undefined", lambda rows: _missed("004 undefined")(rows) + _missed("004 inner-width")(rows),
+               "Building the layer is a NameError, and torch's own attention takes no hidden width.",
+               "构造该层即 NameError；torch 自己的注意力也不接受隐藏宽度。", MISSED),
+        _exact("free", _added,
+               "Mending the two skips of that layer adds no parameter.",
+               "补上该层的两个捷径不增加参数。", Words("parameters added", "增加的参数")),
+    ),
+    modes={
+        "quick": Mode(3, 0.1),
+        "default": Mode(8, 0.2),
+        "long": Mode(30, 0.7),
+    },
+    plots=(
+        Plot("dots", Words("Failed checks of each block", "各块未通过的检查数"), x="twin",
+             y="failed_checks", color="side"),
+        Plot("dots", Words("What silent branches leave wrong", "分支输出零时残差流的误差"), x="twin",
+             y="left", color="side"),
+    ),
+)  # fmt: skip
