@@ -1,4 +1,4 @@
-"""Made-up studies for the tests of their pages: every kind of plot and rule, failures, odd names."""
+"""Made-up studies for the tests: every kind of plot and rule, failures, odd names."""
 
 import math
 

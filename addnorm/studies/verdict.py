@@ -72,8 +72,11 @@ def _side(values: np.ndarray, rule: Rule, limit: float, p: float) -> Verdict:
 def sign_flip(values: np.ndarray, alternative: Literal["two-sided", "greater", "less"]) -> float:
     """Return p of the sign-flip test that the values `(n,)` are symmetric about 0.
 
-    All 2^n flips of sign are counted up to n = 13; beyond that 9,999 random ones, seeded.
+    All 2^n flips of sign are counted up to n = 13; beyond that 9,999 random ones, seeded. A single
+    value has p = 1.
     """
+    if len(values) < 2:
+        return 1.0
     found = permutation_test(
         (values,),
         lambda x, axis: np.mean(x, axis=axis),
