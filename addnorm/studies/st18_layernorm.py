@@ -118,9 +118,13 @@ def _lost(d: int) -> float:
     norm = NORMS["layer"](d).double()
     norm.eps = 1e-14  # type: ignore[assignment]  # with eps the scale is all but lost
     x, others = skewed(1, d), skewed(TOKENS - 1, d)
-    jacobian = torch.autograd.functional.jacobian(lambda v: norm(torch.cat((v, others)))[0], x)
+    x.requires_grad_()
+    out = norm(torch.cat((x, others)))[0]
+    rows = [torch.autograd.grad(o, x, retain_graph=True)[0][0] for o in out]
+    jacobian = torch.stack(rows)
     size = jacobian.norm() * (x - x.mean()).norm()  # 0 for two features
-    return float(d - (torch.linalg.matrix_rank(jacobian[:, 0], rtol=1e-6) if size > 1e-6 else 0))
+    rank = int(torch.linalg.matrix_rank(jacobian, rtol=1e-6)) if size.item() > 1e-6 else 0
+    return float(d - rank)
 
 
 def batch_noise(data: Tensor) -> list[float]:
@@ -151,7 +155,7 @@ def _largest(metric: str, rows: Rows) -> float:
 
 def _off_ratio(rows: Rows) -> float:
     """Return the largest distance of the ratio from sqrt((d - 1) / d)."""
-    return max(abs(row["ratio"] - math.sqrt(1 - 1 / row["width"])) for row in rows)
+    return max(abs(float(row["ratio"]) - math.sqrt(1 - 1 / row["width"])) for row in rows)
 
 
 STUDY = Study(
