@@ -113,6 +113,7 @@ def _moved(x: Tensor) -> Tensor:
     return x * torch.empty(shape).uniform_(0.5, 4) + 3 * torch.randn(shape)
 
 
+@torch.enable_grad()
 def _lost(d: int) -> float:
     """Return by how much the rank of LayerNorm's Jacobian falls short of the width."""
     norm = NORMS["layer"](d).double()
