@@ -44,8 +44,10 @@ Tokens = Callable[[Tensor], Tensor]  # (B, T, D) -> (B, T, D)
 
 def guarantee(branch: Callable[[Tensor], Tensor] = torch.neg) -> Proof:
     """E03: the Jacobian of x + F(x) can lose a direction, or all of them."""
-    x = torch.randn(8, dtype=DOUBLE)
-    gains = torch.linalg.svdvals(torch.autograd.functional.jacobian(lambda v: v + branch(v), x))
+    x = torch.randn(8, dtype=DOUBLE, requires_grad=True)
+    y = x + branch(x)
+    rows = [torch.autograd.grad(y[i], x, retain_graph=True)[0] for i in range(len(y))]
+    gains = torch.linalg.svdvals(torch.stack(rows))
     lost = int((gains < GONE).sum())
     return Proof(
         lost > 0,

@@ -14,7 +14,7 @@ def load_glossary() -> list[dict[str, Any]]:
     usual one first), `wrong` (renderings that mislead) and `see` ("study NAME", "wiring NAME").
     """
     data = _toml("glossary.toml")
-    blank = {"wrong": [], "see": []}
+    blank: dict[str, Any] = {"wrong": [], "see": []}
     return [{**blank, **entry, "topic": data["topics"][entry["topic"]]} for entry in data["entry"]]
 
 
