@@ -73,6 +73,10 @@ class Rows(Sequence[Row]):
         (row,) = self.only(**levels)
         return math.nan if row[metric] is None else row[metric]
 
+    def maybe(self, metric: str, **levels: Any) -> Any:
+        """Return `value`, and NaN where the mode leaves these levels out."""
+        return self.value(metric, **levels) if len(self.only(**levels)) else math.nan
+
     def best(self, metric: str, **levels: Any) -> float:
         """Return the smallest value of the metric in these rows, such as over a grid of rates."""
         values = [v for v in self.only(**levels).column(metric) if not math.isnan(v)]

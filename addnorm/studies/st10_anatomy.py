@@ -78,20 +78,15 @@ def measure(cell: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _one(rows: Rows, metric: str, wiring: str) -> Any:
-    """Return the metric of one network; NaN where the mode leaves its wiring out."""
-    return rows.value(metric, wiring=wiring) if len(rows.only(wiring=wiring)) else math.nan
-
-
 def _last(rows: Rows, metric: str, wiring: str) -> float:
     """Return the metric behind the last layer."""
-    values = _one(rows, metric, wiring)
+    values = rows.maybe(metric, wiring=wiring)
     return float(values[-1]) if isinstance(values, list) else math.nan
 
 
 def _largest(rows: Rows, wiring: str) -> float:
     """Return the largest update of a layer beside the stream that it is added to."""
-    values = _one(rows, "update", wiring)
+    values = rows.maybe("update", wiring=wiring)
     return float(max(values)) if isinstance(values, list) else math.nan
 
 
@@ -205,7 +200,7 @@ STUDY = Study(
                 "the growth, within 0.15.",
                 "前置归一化残差流的均方按直线增长：后一半层占总增长的 0.5，误差不超过 0.15。",
             ),
-            lambda rows: float(_one(rows, "late", "pre-norm")) - 0.5, limit=0.15, rule="within",
+            lambda rows: float(rows.maybe("late", wiring="pre-norm")) - 0.5, limit=0.15, rule="within",
             name="linear", unit=Words("share - 0.5", "份额 - 0.5"),
         ),
         Contrast(
@@ -213,7 +208,7 @@ STUDY = Study(
                 "Without a norm (ReZero) it grows exponentially: the second half has more than 0.75.",
                 "没有归一化时（ReZero）按指数增长：后一半层占 0.75 以上。",
             ),
-            lambda rows: float(_one(rows, "late", "ReZero")), limit=0.75, name="exponential",
+            lambda rows: float(rows.maybe("late", wiring="ReZero")), limit=0.75, name="exponential",
             unit=Words("share", "份额"),
         ),
         Contrast(
@@ -222,7 +217,7 @@ STUDY = Study(
                 "than 0.02 nats.",
                 "前置归一化中，logit lens 的损失逐层下降：任何一层的上升都不超过 0.02 nat。",
             ),
-            lambda rows: rise(_one(rows, "lens", "pre-norm")), limit=0.02, rule="below",
+            lambda rows: rise(rows.maybe("lens", wiring="pre-norm")), limit=0.02, rule="below",
             name="refines", unit=Words("nats", "nat"),
         ),
     ),

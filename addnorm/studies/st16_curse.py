@@ -66,20 +66,15 @@ def late_share(worth: Sequence[float]) -> float:
     return sum(gains[len(gains) // 2 :]) / sum(gains) if sum(gains) else math.nan
 
 
-def _one(rows: Rows, metric: str, wiring: str) -> Any:
-    """Return the metric of one network; NaN where the mode leaves its wiring out."""
-    return rows.value(metric, wiring=wiring) if len(rows.only(wiring=wiring)) else math.nan
-
-
 def _difference(metric: str, one: str, other: str) -> Callable[[Rows], float]:
-    return lambda rows: float(_one(rows, metric, one) - _one(rows, metric, other))
+    return lambda rows: float(rows.maybe(metric, wiring=one) - rows.maybe(metric, wiring=other))
 
 
 def _trend(wiring: str) -> Callable[[Rows], float]:
     """Return the rank correlation of layer and worth."""
 
     def effect(rows: Rows) -> float:
-        worth = _one(rows, "worth", wiring)
+        worth = rows.maybe("worth", wiring=wiring)
         return (
             float(spearmanr(range(len(worth)), worth)[0]) if isinstance(worth, list) else math.nan
         )
@@ -89,7 +84,7 @@ def _trend(wiring: str) -> Callable[[Rows], float]:
 
 def _stirred(rows: Rows) -> float:
     """Return log10 of the mean update in the second half, post-norm over pre-norm."""
-    both = [_one(rows, "update", wiring) for wiring in ("post-norm", "pre-norm")]
+    both = [rows.maybe("update", wiring=wiring) for wiring in ("post-norm", "pre-norm")]
     if not all(isinstance(update, list) for update in both):
         return math.nan
     post, pre = (sum(update[DEPTH:]) / len(update[DEPTH:]) for update in both)
@@ -204,7 +199,7 @@ STUDY = Study(
                 "more than 0.05 nats.",
                 "前置归一化的最后六层并不是恒等变换：一并去除后，损失上升超过 0.05 nat。",
             ),
-            lambda rows: float(_one(rows, "together", "pre-norm")), limit=0.05, name="not-identity",
+            lambda rows: float(rows.maybe("together", wiring="pre-norm")), limit=0.05, name="not-identity",
             unit=Words("nats", "nat"),
         ),
         Contrast(
