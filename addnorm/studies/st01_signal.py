@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from addnorm import xray
 from addnorm.models.mlp import MLP
+from addnorm.probe.vitals import xray
 from addnorm.studies import bench
 from addnorm.studies.frame import (
     Claim,

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from addnorm import xray
 from addnorm.models.mlp import MLP, MLPConfig
+from addnorm.probe.vitals import xray
 from addnorm.probe.whiteness import autocorrelation, whiteness
 from addnorm.studies.frame import (
     Claim,

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from addnorm import xray
 from addnorm.branches import Branch, Context
 from addnorm.contract import Stack
 from addnorm.models.layers import Attention, FeedForward, FeedForwardConfig
 from addnorm.models.residual_layer import ResidualLayer
+from addnorm.probe.vitals import xray
 from addnorm.studies.frame import (
     Claim,
     Contrast,
