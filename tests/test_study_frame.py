@@ -16,7 +16,7 @@ import pytest
 import torch
 from study_cases import made_up, result_of, words
 
-from addnorm.studies import all_studies, find_studies
+from addnorm.studies import all_studies, find_studies, running
 from addnorm.studies.frame import Claim, Contrast, Metric, Mode, Plot, Study
 from addnorm.studies.running import (
     StudyObserver,
@@ -388,20 +388,25 @@ def test_a_summary_has_what_the_list_shows():
     assert row["limit"] == 0.5
 
 
-def test_the_last_verdict_is_that_of_the_folder(tmp_path):
-    before = {row["name"]: row["verdict"] for row in last_verdicts(tmp_path)}
+def test_the_last_verdict_is_that_of_the_folder_or_else_the_shipped_one(tmp_path, monkeypatch):
+    """A study that is in neither has none."""
+    monkeypatch.setattr(running, "__file__", str(tmp_path / "running.py"))
+    assert {row["verdict"] for row in last_verdicts(tmp_path / "out")} == {""}
     (study,) = find_studies(["plus-one"])
-    rows = [
-        {**cell, **dict.fromkeys(study.metrics, 0.9), "seconds": 1} for cell in study.cells("quick")
-    ]
+    rows = [{**c, **dict.fromkeys(study.metrics, 0.9), "seconds": 1} for c in study.cells("quick")]
     result = conclude_study(study, "quick", rows)
-    (tmp_path / "plus-one.json").write_text(json.dumps(result))
-    after = {row["name"]: row for row in last_verdicts(tmp_path)}
-    assert after["plus-one"]["verdict"] == "SUPPORTED"
-    assert after["plus-one"]["mode"] == "quick"
-    assert {k: v["verdict"] for k, v in after.items() if k != "plus-one"} == {
-        k: v for k, v in before.items() if k != "plus-one"
-    }
+    shipped = [
+        summary(result) | {"verdict": "REFUTED"},
+        summary(result) | {"name": "degradation", "verdict": "INCONCLUSIVE"},
+    ]
+    (tmp_path / "verdicts.json").write_text(json.dumps(shipped))
+    found = {row["name"]: row["verdict"] for row in last_verdicts(tmp_path / "out")}
+    assert (found["plus-one"], found["degradation"]) == ("REFUTED", "INCONCLUSIVE")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "plus-one.json").write_text(json.dumps(result))
+    found = {row["name"]: row["verdict"] for row in last_verdicts(tmp_path / "out")}
+    assert (found.pop("plus-one"), found.pop("degradation")) == ("SUPPORTED", "INCONCLUSIVE")
+    assert set(found.values()) == {""}
 
 
 # -- killed ------------------------------------------------------------------------------------
