@@ -171,7 +171,17 @@ STUDY = Study(
         "各网络的种子、矩阵初始值与批次相同，梯度均裁剪到 5。始终达不到 0.2、或损失不再有限的网络记为 300 步，"
         "因此它的慢只会被低估。起始时的残差流与梯度由 X 光检查测得。",
     ),
-    lesson=Words("", ""),
+    lesson=Words(
+        "A shortcut alone is not enough. At 32 layers the stream grows ten-million-fold and training is "
+        "about as slow as without a shortcut; at 128 the first loss is not finite. A norm in the branch, "
+        "a factor of 1/L or 1/√L, or a factor that starts at zero all train both depths in a few dozen "
+        "steps. A norm without a shortcut helps nothing: in front of each layer it makes gradients "
+        "explode that were level without it. At 32 layers the shortcut alone does get there with a "
+        "large rate, which a smaller pilot had denied.",
+        "只有捷径是不够的：32 层时残差流增大上千万倍，训练和没有捷径时差不多慢；128 层时第一个损失就不是有限数。分支内加归一化、"
+        "乘 1/L 或 1/√L、或乘从零开始的系数，两种深度都能在几十步内训练好。没有捷径的归一化没有帮助：加在每层之前，反而让原本平稳的"
+        "梯度爆炸。32 层时，只有捷径的网络用较大的学习率也能达到目标，而较小规模的预试验曾认为不能。",
+    ),
     claims=(
         Claim("1.42", "001", 280, Words(
             "The shortcut cures vanishing gradients at the root, so that hundreds of layers train stably.",
