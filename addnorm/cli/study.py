@@ -11,10 +11,18 @@ import tyro
 
 from addnorm.cli.parsing import Lang, emit_json, messages, results
 from addnorm.files import locked
+from addnorm.reports.errata import print_errata
 from addnorm.reports.studies import LiveStudies, print_claims, print_studies
 from addnorm.reports.study_pages import write_study_pages
 from addnorm.studies import all_studies, find_studies
-from addnorm.studies.running import StudyObserver, last_verdicts, run_studies, summary
+from addnorm.studies.errata import check_errata
+from addnorm.studies.running import (
+    StudyObserver,
+    claim_verdicts,
+    last_verdicts,
+    run_studies,
+    summary,
+)
 
 FEW = 5  # studies, up to which a run also prints the claims
 
@@ -48,9 +56,17 @@ class _Live(LiveStudies, StudyObserver):
 
 
 def run(options: Options) -> int:
-    """List the studies, or run some and return 1 where one that the docs rely on is refuted."""
+    """List the studies, or run some and return 1 where one that the docs rely on is refuted.
+
+    Or check the errata, and return 1 where one fails.
+    """
     _check(options)
     out = Path(options.out)
+    if "errata" in options.names:
+        rows = check_errata(claim_verdicts(last_verdicts(out)))
+        print_errata(results(options.json, width=120), rows, options.lang)
+        emit_json(rows, options.json)
+        return int(any(row["status"] == "fails" for row in rows))
     if not (options.names or options.all):
         _show(last_verdicts(out), options)
         return 0
@@ -78,6 +94,8 @@ def _check(options: Options) -> None:
         raise ValueError("--quick and --long exclude each other")
     if options.all and options.names:
         raise ValueError("--all runs every study; leave the names out")
+    if "errata" in options.names and len(options.names) > 1:
+        raise ValueError("errata stands alone: addnorm study errata")
     if not options.budget > 0:
         raise ValueError(f"budget {options.budget:g} must be above 0 minutes")
     if options.jobs < 0:

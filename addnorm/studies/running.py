@@ -420,5 +420,15 @@ def last_verdicts(out: Path) -> list[dict[str, Any]]:
     return [known.get(study.name) or _unknown(study) for study in all_studies()]
 
 
+def claim_verdicts(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], str]:
+    """Return by ("ST-04", "1.10") the verdict on each claim of the studies that were run."""
+    return {
+        (row["id"], claim["id"]): claim["verdict"]
+        for row in rows
+        if row["verdict"]
+        for claim in row["claims"]
+    }
+
+
 def _unknown(study: Study) -> dict[str, Any]:
     return summary(conclude_study(study, "default", [])) | {"verdict": "", "date": ""}
