@@ -158,7 +158,7 @@ def deep_gpt(
     Batches of 16 windows, AdamW of the package's default, cosine decay to a tenth.
     """
     model = gpt(seed, depth, wiring, context)
-    settings = {"steps": steps, "warmup": steps // 5, "batch": 16, "lr": rate}
+    settings: dict[str, Any] = {"steps": steps, "warmup": steps // 5, "batch": 16, "lr": rate}
     run = trained(model, text(context), seed, **settings)
     model.eval()
     return run

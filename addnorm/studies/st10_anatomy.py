@@ -94,7 +94,8 @@ def rise(losses: Any) -> float:
     """Return the largest rise of the lens from one layer to the next; 0 where it only falls."""
     if not isinstance(losses, list):
         return math.nan
-    return max(0.0, *(later - sooner for sooner, later in itertools.pairwise(losses)))
+    steps = (later - sooner for sooner, later in itertools.pairwise(losses))
+    return float(max(0.0, *steps))
 
 
 STUDY = Study(
@@ -144,7 +145,7 @@ STUDY = Study(
             "每层只需学习细微的差异，而不必从零学习完整的映射。",
         ), by="small-updates"),
     ),
-    factors={"wiring": WIRINGS},
+    factors={"wiring": tuple(WIRINGS)},
     measure=measure,
     metrics={
         "cosine": Metric(Words("cosine of the stream and the input", "残差流与输入的余弦")),

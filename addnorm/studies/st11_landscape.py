@@ -197,7 +197,7 @@ STUDY = Study(
             "有了它，网络更容易找到好的极小值。",
         ), by="sooner"),
     ),
-    factors={"net": WIRINGS, "depth": TARGETS},
+    factors={"net": tuple(WIRINGS), "depth": tuple(TARGETS)},
     measure=measure,
     metrics={
         "non_convex": Metric(Words("share of negative curvature", "负曲率点的比例")),

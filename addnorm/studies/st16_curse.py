@@ -132,7 +132,7 @@ STUDY = Study(
             "多余的层会自然变成恒等变换。",
         ), by="not-identity", stands=False),
     ),
-    factors={"wiring": WIRINGS},
+    factors={"wiring": tuple(WIRINGS)},
     measure=measure,
     metrics={
         "worth": Metric(Words("rise of the loss without the layer", "去除该层后损失的上升"), Words("nats", "nat")),

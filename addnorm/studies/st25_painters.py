@@ -172,7 +172,7 @@ STUDY = Study(
             "残差网络在结构上天然具有集成的鲁棒性。",
         ), by="one-missing"),
     ),
-    factors={"wiring": WIRINGS},
+    factors={"wiring": tuple(WIRINGS)},
     measure=measure,
     metrics={
         "skip": Metric(Words("rise without the middle layers", "去除中间层后损失的上升"), NATS),

@@ -86,7 +86,7 @@ STUDY = Study(
         "前置归一化的各层都用输出头的语言书写，后置归一化则不然。",
     ),
     claims=(),
-    factors={"wiring": WIRINGS},
+    factors={"wiring": tuple(WIRINGS)},
     measure=measure,
     metrics={
         "lens": Metric(Words("loss of the lens", "logit lens 的损失"), NATS),
