@@ -230,6 +230,8 @@ def print_studies(console: Console, rows: Sequence[Mapping[str, Any]], lang: str
     if not wide:
         keys = [key for key in keys if key not in ("title", "minutes", "mode")]
     table = Table(box=None, pad_edge=False)
+    numbers = [effect_in({**row, "unit": {"en": "", "zh": ""}}, lang) for row in rows]
+    longest = max(map(len, numbers), default=0)  # the unit may go to the next line, no more
     for key in keys:
         right = key in ("p", "seeds", "minutes")
         table.add_column(
@@ -237,6 +239,7 @@ def print_studies(console: Console, rows: Sequence[Mapping[str, Any]], lang: str
             justify="right" if right else "left",
             overflow="fold",
             no_wrap=key not in ("title", "effect", "verdict"),
+            min_width=longest if wide and key == "effect" else None,
             ratio={"title": 2, "effect": 3}.get(key) if wide else None,
         )
     for row in rows:
