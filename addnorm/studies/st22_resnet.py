@@ -1,0 +1,183 @@
+"""ST-22 Degradation with convolutions: the ResNets of the CIFAR experiments, narrow, on digits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from addnorm.models.resnet import ResNet, ResNetConfig
+from addnorm.studies import bench
+from addnorm.studies.frame import (
+    Claim,
+    Contrast,
+    Metric,
+    Mode,
+    Plot,
+    Published,
+    Rows,
+    Study,
+    Words,
+)
+
+WIDTH = 8  # channels of the first stage; 16 in the paper
+FITTED = 0.01  # nats: below it every training image is right, and a smaller loss says nothing
+DEPTHS = (20, 56)  # 6n + 2, n = 3 and 9
+WIRINGS = {"plain": "plain(act='relu')", "residual": "postact"}
+
+
+def measure(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """Train one ResNet v1 with option A shortcuts, or the same network without, on digits."""
+    data = bench.digits()
+    torch.manual_seed(cell["seed"])
+    wiring = WIRINGS[cell["net"]]
+    model = ResNet(ResNetConfig(depth=cell["depth"], width=WIDTH, wiring=wiring, channels=1))
+    settings = bench.SGD | {"lr": cell["rate"], "steps": cell["steps"]}
+    run = bench.trained(model, data, cell["seed"], **settings)
+    parameters = sum(p.numel() for p in model.parameters())
+    if run.status != "finished":
+        return {"parameters": parameters}
+    train, right = bench.loss_on(model, *bench.training_set(data))
+    last = run.evaluations[-1]
+    return {
+        "train": train,
+        "train_error": 1 - right,
+        "test": last.loss,
+        "error": 1 - last.accuracy,
+        "parameters": parameters,
+    }
+
+
+def _rises(net: str, metric: str = "train") -> Callable[[Rows], float]:
+    """Return how many powers of ten the metric rises from 20 to 56 layers, each at its best rate."""
+
+    def effect(rows: Rows) -> float:
+        low, high = (rows.best(metric, net=net, depth=d) for d in DEPTHS)
+        return math.log10(max(high, FITTED) / max(low, FITTED))
+
+    return effect
+
+
+def _errors(rows: Rows) -> float:
+    """Return the test error of the plain network of 56 layers less that of the residual one."""
+    return rows.best("error", net="plain", depth=56) - rows.best("error", net="residual", depth=56)
+
+
+def _counts(rows: Rows) -> float:
+    """Return how many other parameter counts there are than one for each depth."""
+    return max(len(set(rows.only(depth=d).column("parameters"))) - 1 for d in DEPTHS)
+
+
+DECADES = Words("powers of ten", "数量级")
+
+STUDY = Study(
+    id="ST-22",
+    name="resnet",
+    title=Words("Degradation with convolutions", "卷积网络的退化"),
+    question=Words(
+        "Does the degradation of plain networks, and its cure by shortcuts, appear in the convolutional "
+        "networks of the ResNet paper, at a size that a CPU trains?",
+        "在 ResNet 论文的卷积网络中，缩小到 CPU 可训练的规模，普通网络的退化以及捷径的疗效还会出现吗？",
+    ),
+    design=Words(
+        "The CIFAR networks of He et al. 2015 with 20 and 56 layers (n = 3 and 9 units in each of three "
+        "stages), 8, 16 and 32 channels wide, on the 8x8 digits of scikit-learn: with option A shortcuts, "
+        "which have no parameters, and without. SGD with momentum, about 20 epochs, two rates, of which "
+        "each network keeps its better one.",
+        "He 等 2015 的 CIFAR 网络，20 和 56 层（三个阶段各 n = 3 或 9 个单元），通道数 8、16、32，在 scikit-learn 的 "
+        "8x8 手写数字上训练：带不含参数的 A 型捷径，或不带捷径。SGD 加动量，约 20 个周期，两个学习率，各取较好者。",
+    ),
+    controls=Words(
+        "Both networks of a depth have the same parameters, start and batches, and batch norm after every "
+        "convolution. The loss is that of all training images in evaluation mode: overfitting cannot "
+        "explain a rise. A loss below 0.01 counts as 0.01, for by then all training images are right. "
+        "Images are small: the last stage sees 2x2 pixels.",
+        "同一深度的两种网络参数量、初始值与批次次序都相同，每个卷积之后都有批归一化。所报损失取自全部训练图像（评估"
+        "模式），过拟合无法解释损失上升。低于 0.01 的损失按 0.01 计，此时训练图像已全部分对。图像很小：最后一个阶段只有 2x2 像素。",
+    ),
+    lesson=Words("", ""),
+    claims=(
+        Claim("1.3", "001", 9, Words(
+            "Residual connections remove the degradation of deep networks.",
+            "残差连接消除了深层网络的退化。",
+        )),
+        Claim("1.6", "001", 15, Words(
+            "A plain network of 56 layers has a higher training error than one of 20.",
+            "56 层的普通网络，训练误差高于 20 层。",
+        ), by="plain-rises"),
+        Claim("1.7", "001", 27, Words(
+            "This is not overfitting, since the training error rises too.",
+            "这不是过拟合，因为训练误差也升高。",
+        ), by="plain-rises"),
+    ),
+    factors={"net": tuple(WIRINGS), "depth": DEPTHS, "rate": (0.02, 0.1)},
+    measure=measure,
+    metrics={
+        "train": Metric(Words("training loss", "训练损失"), Words("nats", "nat"), bench.CHANCE),
+        "train_error": Metric(Words("training error", "训练错误率"), failed=0.9),
+        "test": Metric(Words("test loss", "测试损失"), Words("nats", "nat"), bench.CHANCE),
+        "error": Metric(Words("test error", "测试错误率"), failed=0.9),
+        "parameters": Metric(Words("parameters", "参数量")),
+    },
+    primary=Contrast(
+        Words(
+            "From 20 to 56 layers the training loss of the plain network rises by at least ten times more "
+            "than that of the residual one.",
+            "从 20 层到 56 层，普通网络训练损失的上升倍数至少是残差网络的十倍。",
+        ),
+        lambda rows: _rises("plain")(rows) - _rises("residual")(rows),
+        limit=1.0,
+        unit=DECADES,
+    ),
+    secondary=(
+        Contrast(
+            Words("The plain network of 56 layers has at least twice the training loss of the one of 20.",
+                  "56 层普通网络的训练损失至少是 20 层的两倍。"),
+            _rises("plain"), limit=math.log10(2), unit=DECADES, name="plain-rises",
+        ),
+        Contrast(
+            Words("The residual network of 56 layers has at most twice the training loss of the one of 20.",
+                  "56 层残差网络的训练损失至多是 20 层的两倍。"),
+            _rises("residual"), limit=math.log10(2), rule="below", unit=DECADES, name="residual-stays",
+        ),
+        Contrast(
+            Words("At 56 layers the plain network has at least 5 points more test error.",
+                  "56 层时，普通网络的测试错误率至少高 5 个百分点。"),
+            _errors, limit=0.05, unit=Words("share of images", "图像占比"), name="test-error",
+        ),
+        Contrast(
+            Words("With and without shortcuts the networks have the same number of parameters.",
+                  "有无捷径，网络的参数量相同。"),
+            _counts, limit=0, rule="exact", unit=Words("other counts", "不同的参数量"), name="same-size",
+        ),
+    ),
+    modes={
+        "quick": Mode(6, 1.5, {"rate": (0.05,)}, {"steps": 120}),
+        "default": Mode(8, 6, settings={"steps": 225}),
+        "long": Mode(8, 40, {"depth": (20, 56, 110), "rate": (0.02, 0.05, 0.1)}, {"steps": 450}),
+    },
+    plots=(
+        Plot("lines", Words("Training loss after training, by depth", "训练结束时的训练损失与深度"), x="depth",
+             y="train", color="net", facet="rate", log_y=True, x_title=Words("layers", "层数"),
+             reference=bench.CHANCE, reference_title=Words("guessing", "随机猜测")),
+        Plot("lines", Words("Test error, by depth", "测试错误率与深度"), x="depth", y="error", color="net",
+             facet="rate", x_title=Words("layers", "层数")),
+    ),
+    published=(
+        Published(
+            Words("CIFAR-10: plain networks of 20 to 56 layers have the higher training error the deeper they "
+                  "are; curves only",
+                  "CIFAR-10：20 至 56 层的普通网络越深训练误差越高；原文只有曲线"),
+            "Figure 6, left",
+            "He et al. 2015 (arXiv:1512.03385)",
+        ),
+        Published(
+            Words("CIFAR-10 test error of ResNet-20 and ResNet-56", "CIFAR-10 测试错误率，ResNet-20 与 ResNet-56"),
+            "8.75, 6.97 %",
+            "He et al. 2015 (arXiv:1512.03385), Table 6",
+        ),
+    ),
+    heavy=True,
+)  # fmt: skip
