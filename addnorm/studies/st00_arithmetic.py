@@ -244,9 +244,13 @@ STUDY = Study(
     modes={"quick": Mode(1, 0.1), "default": Mode(1, 0.1)},
     plots=(
         Plot(
-            "profile", Words("Gradient left after so many layers", "经过若干层后剩余的梯度"),
+            "profile", Words("Gradient left with 0.9 a layer", "每层 0.9 时剩余的梯度"),
+            x="", y="left", log_y=True, x_title=Words("layers back from the output", "自输出端往回的层数"),
+            reference=0.03, reference_title=Words("3 %", "3%"), only={"chain": "0.9"},
+        ),
+        Plot(
+            "profile", Words("Gradient left with 0.9, 0.1, and 0.1 + 1 a layer", "每层 0.9、0.1、0.1 + 1 时剩余的梯度"),
             x="", y="left", color="chain", log_y=True, x_title=Words("layers back from the output", "自输出端往回的层数"),
-            reference=0.03, reference_title=Words("3 %", "3%"),
         ),
         Plot(
             "profile", Words("Paths through 54 blocks by their length", "54 个块的路径按长度的分布"),

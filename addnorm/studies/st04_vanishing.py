@@ -210,15 +210,16 @@ STUDY = Study(
         "Degradation needs no vanishing gradient. With He's start and with BatchNorm no gradient vanishes, "
         "before or after training, and from 8 to 56 layers the training loss rises from 0.002 to 1 and from "
         "0.01 to guessing. Rescaling all gradients to one size does not cure it (0.9 at 56 layers); Adam "
-        "helps and does not cure it either (0.4). Nor is a small gradient harmful by itself: 0.9 at each "
-        "of 56 layers, which leaves 0.2 % at the input, changes nothing where the network starts as an "
-        "isometry, and that plain network trains at 56 layers as well as a residual one. Where gradients do "
+        "helps and does not cure it either (0.4). Nor is a small gradient harmful by itself: where the network "
+        "starts as an isometry, 0.9 at each of 56 layers, which leaves 0.2 % at the input, changes the loss "
+        "from 0.0004 to 0.0009 under SGD and not at all under Adam; and that plain network trains at 56 layers "
+        "as well as a residual one. Where gradients do "
         "vanish, with the default start, the network fails, but the signal dies on its way forward as well: "
         "equal gradients help at 8 layers and little at 20. What shortcuts cure is thus more than the size of "
         "gradients.",
         "退化不需要梯度消失。He 初始化与 BatchNorm 的网络，训练前后梯度都没有消失，但从 8 层到 56 层，训练损失分别从 0.002 "
         "升到 1、从 0.01 升到随机猜测的水平。把所有梯度拉到同样大小治不好退化（56 层时为 0.9）；Adam 有所改善，但也治不好（0.4）。"
-        "梯度小本身也未必有害：起点若是等距映射，56 层每层乘 0.9（输入端只剩 0.2%）毫无影响，而且这个普通网络 56 层时"
+        "梯度小本身也未必有害：起点若是等距映射，56 层每层乘 0.9（输入端只剩 0.2%），SGD 下损失只从 0.0004 变为 0.0009，Adam 下毫无影响；而且这个普通网络 56 层时"
         "训练得与残差网络一样好。默认初始化时梯度确实消失，网络也学不动，但前向信号同样消失了：拉平梯度在 8 层时有用，20 层时作用很小。"
         "可见捷径治好的不只是梯度的大小。",
     ),

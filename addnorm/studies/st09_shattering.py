@@ -132,10 +132,10 @@ STUDY = Study(
         "In a plain network with BatchNorm the gradients of neighbouring inputs have nothing in common any "
         "more after 10 to 24 layers, although they are not small: they grow towards the input. With a "
         "shortcut about half of the correlation is left at 24 layers, with a scaled one 0.8. This is "
-        "a matter of BatchNorm without shortcuts: without the norm the plain network keeps 0.7, so shattering "
+        "a matter of BatchNorm without shortcuts: without the norm the plain network keeps 0.65, so shattering "
         "cannot be the whole reason why plain networks degrade.",
         "加 BatchNorm 的普通网络，10 至 24 层之后，相邻输入的梯度已毫无共同之处，尽管梯度并不小，反而向输入端增大。"
-        "加捷径，24 层时相关系数约剩一半；捷径加缩放则剩 0.8。这是有 BatchNorm 而无捷径时的现象：去掉归一化，普通网络还剩 0.7，"
+        "加捷径，24 层时相关系数约剩一半；捷径加缩放则剩 0.8。这是有 BatchNorm 而无捷径时的现象：去掉归一化，普通网络还剩 0.65，"
         "所以梯度破碎不会是普通网络退化的全部原因。",
     ),
     claims=(
