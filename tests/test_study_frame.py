@@ -22,7 +22,7 @@ from addnorm.studies.running import (
     StudyObserver,
     code_of,
     conclude_study,
-    key_of,
+    keys_of,
     last_verdicts,
     run_studies,
     summary,
@@ -533,9 +533,9 @@ def test_a_file_is_found_again_by_another_process():
 def test_each_cell_has_its_own_file():
     study = made_up()
     cells = list(study.cells("default"))
-    keys = {key_of(study, cell) for cell in cells}
+    keys = set(keys_of(study, cells))
     assert len(keys) == len(cells)
     other = replace(study, id="ST-91")
-    assert not keys & {key_of(other, cell) for cell in cells}
-    assert key_of(study, cells[0] | {"steps": 21}) not in keys
+    assert not keys & set(keys_of(other, cells))
+    assert keys_of(study, [cells[0] | {"steps": 21}])[0] not in keys
     assert isinstance(study, Study)

@@ -65,7 +65,8 @@ def run_studies(
     """
     observer = observer or StudyObserver()
     cells = {
-        study.id: [(cell, key_of(study, cell)) for cell in study.cells(mode)] for study in studies
+        study.id: list(zip(given := list(study.cells(mode)), keys_of(study, given), strict=True))
+        for study in studies
     }
     rows = {
         study.id: {
@@ -303,16 +304,16 @@ def _with_failures(study: Study, row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def key_of(study: Study, cell: Mapping[str, Any]) -> str:
-    """Return the name of a cell's file: a hash of all that decides its numbers."""
+def keys_of(study: Study, cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the name of each cell's file: a hash of all that decides its numbers."""
     facts = {
         "study": study.id,
-        "cell": dict(cell),
         "code": code_of(study.measure),
         "addnorm": __version__,
         "torch": torch.__version__,
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    texts = (json.dumps({**facts, "cell": dict(cell)}, sort_keys=True) for cell in cells)
+    return [hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts]
 
 
 def code_of(function: Callable[..., Any]) -> str:
