@@ -1,0 +1,66 @@
+"""ST-12: the verdicts both ways, and the norm taken out of pre-norm."""
+
+import functools
+import math
+
+import pytest
+from study_rows import concluded, small, verdicts
+
+from addnorm.studies import st12_skip_norm as module
+
+STUDY = module.STUDY
+STUCK = 3.3
+
+
+def made_up(**losses):
+    """Losses by network; of the skip alone it fails with embeddings of 1, else it trains."""
+
+    def metrics(cell):
+        wobble = 0.02 * math.sin(3 * cell["seed"] + 1)
+        known = {"both": 2.6, "norm": STUCK, "neither": STUCK, "rezero": 2.6} | losses
+        skip = 2.7 if cell["embedding"] == 0.1 else module.UNIFORM
+        return {
+            "loss": known.get(cell["net"], skip) + wobble,
+            "fades": {"neither": 6.0, "norm": -0.5}.get(cell["net"], 0.0) + wobble,
+            "alike": 0.99 + wobble / 10,
+            **{key: [1.0] for key in ("curve", "step", "layer", "gradient", "stream")},
+        }
+
+    return metrics
+
+
+def test_it_can_say_both():
+    found = verdicts(concluded(STUDY, made_up()))
+    assert found.pop("norm-needed") == "REFUTED"
+    assert set(found.values()) == {"SUPPORTED"}
+    found = verdicts(concluded(STUDY, made_up(norm=2.6, both=2.7, rezero=3.0)))
+    assert {k for k, v in found.items() if v == "REFUTED"} == {
+        *("primary", "skip-needed", "norm-needed", "gate-instead", "0.19", "3.15")
+    }
+
+
+def test_one_alone_that_trains_everywhere_refutes():
+    assert concluded(STUDY, made_up(skip=2.6))["verdict"] == "REFUTED"
+
+
+def test_a_training_that_overflows_counts_as_guessing():
+    result = concluded(STUDY, made_up(skip=math.nan))
+    assert result["failed"] == 4 * STUDY.mode("default").seeds
+    assert result["verdict"] == "SUPPORTED"
+
+
+@pytest.mark.slow
+def test_the_norm_removed_flips_the_verdict(monkeypatch):
+    """The real trainings of pre-norm and of the norm alone; then pre-norm without its norm."""
+    monkeypatch.setattr(module, "LAYERS", 8)
+    study = small(STUDY, factors={"embedding": (1.0,), "rate": (1e-3,)}, steps=40)
+    real = functools.cache(lambda wiring, cell: study.measure(dict(cell)))
+
+    def metrics(cell):
+        if cell["net"] in ("both", "norm"):
+            return real(module.WIRINGS[cell["net"]], tuple(cell.items()))
+        return made_up()(cell)
+
+    assert concluded(study, metrics)["verdict"] == "SUPPORTED"
+    monkeypatch.setitem(module.WIRINGS, "both", "residual")
+    assert concluded(study, metrics)["verdict"] == "REFUTED"
