@@ -15,9 +15,9 @@ from test_cli import refused
 
 import addnorm.cli.study as command
 from addnorm.cli import main
-from addnorm.files import locked, write_json
+from addnorm.files import locked
 from addnorm.reports.studies import LiveStudies, print_claims, print_studies
-from addnorm.studies import all_studies, find_studies
+from addnorm.studies import all_studies
 from addnorm.studies.running import summary
 
 KEYS = {"id", "title", "verdict", "claims", "effect", "interval", "p", "seeds", "seconds"}
@@ -278,14 +278,3 @@ def test_many_studies_fit_the_terminal():
     console = Console(width=100, height=30, record=True, file=io.StringIO())
     console.print(live._render())
     assert len(console.export_text().splitlines()) <= 30
-
-
-def test_the_pages_of_a_folder_of_old_results_are_written_again(tmp_path, monkeypatch, capsys):
-    """A run writes the pages of all results that are there."""
-    result = result_of(made_up())
-    write_json(tmp_path / "studies" / "made-up.json", result)
-    (study,) = find_studies(["plus-one"])
-    monkeypatch.setattr(command, "run_studies", lambda *_, **given: [result_of(made_up())])
-    assert main(RUN) == 0
-    assert (tmp_path / "studies" / "made-up.html").exists()
-    assert study.name == "plus-one"

@@ -40,14 +40,17 @@ def results_in(out: Path) -> list[dict[str, Any]]:
     return sorted(results, key=lambda result: str(result["id"]))
 
 
-def write_study_pages(out: Path, lang: str = "en") -> None:
-    """Write `NAME.html` for every result in the folder `out`, and `index.html` with all verdicts.
+def write_study_pages(out: Path, lang: str = "en", names: Sequence[str] | None = None) -> None:
+    """Write `NAME.html` for the results in the folder `out`, and `index.html` with all verdicts.
 
+    `names`: the results whose pages are written though they are there; all of them by default.
     `lang`, `en` or `zh`, is what the pages show first. Raises `ValueError` for another one.
     """
     results = results_in(out)
     for result in results:
-        write_study_page(result, out / f"{result['name']}.html", lang)
+        page = out / f"{result['name']}.html"
+        if names is None or result["name"] in names or not page.exists():
+            write_study_page(result, page, lang)
     _write_index(results, out / "index.html", lang)
 
 
