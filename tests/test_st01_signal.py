@@ -89,6 +89,7 @@ def test_gradients_are_those_of_a_naive_pass():
     assert found["ratio"] == pytest.approx(float(sizes[0] / sizes[-1]), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_the_skip_removed_flips_the_verdict(monkeypatch):
     """The real measure of the two networks that decide the primary statement."""
     alone = replace(
