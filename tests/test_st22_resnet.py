@@ -74,7 +74,7 @@ def test_the_shortcut_removed_flips_the_verdict(monkeypatch):
             known[key] = STUDY.measure(cell)
         return known[key]
 
-    study = small(STUDY, factors={"rate": (0.05,), "depth": (8, 32)}, steps=60)
+    study = small(STUDY, factors={"rate": (0.1,), "depth": (8, 32)}, steps=50)
     study = replace(study, primary=replace(STUDY.primary, limit=0.3), secondary=(), claims=())
     assert concluded(study, measured)["verdict"] == "SUPPORTED"
     monkeypatch.setitem(module.WIRINGS, "residual", module.WIRINGS["plain"])
