@@ -15,7 +15,7 @@ from addnorm.files import write_json
 from addnorm.reports.study_charts import plot_chart
 from addnorm.reports.study_docs import gallery_markdown, picture_of, study_markdown, write_picture
 from addnorm.reports.study_effects import effects_chart
-from addnorm.reports.study_pages import results_in, strip, write_study_pages
+from addnorm.reports.study_pages import codes, results_in, strip, write_study_pages
 from addnorm.reports.study_picture import shown_rows
 from addnorm.reports.study_words import (
     amount,
@@ -118,10 +118,10 @@ def test_an_effect_is_told_with_its_interval_limit_and_p():
     en, zh = effect_line(contrast("below", p=0.0001), 12)
     assert en == (
         "Median effect over 12 seeds: 1 nats, 95 % interval [0.9, 1.1]; the statement asks for "
-        "< 0.5 nats, p < 0.001."
+        "< 0.5 nats, p\xa0<\xa00.001."
     )
     assert "12 个种子" in zh
-    assert "命题要求 < 0.5 nat，p < 0.001" in zh
+    assert "命题要求 < 0.5 nat，p\xa0<\xa00.001" in zh
     assert "p =" not in effect_line(contrast("exact", p=None), 12).en
 
 
@@ -174,7 +174,7 @@ def test_lines_show_every_seed_the_medians_and_the_failed(result):
     line = next(u for u in units(spec) if u["mark"]["type"] == "line")
     assert line["encoding"]["x"]["scale"]["type"] == line["encoding"]["y"]["scale"]["type"] == "log"
     assert line["encoding"]["x"]["axis"]["values"] == [4, 16, 64]
-    assert "Dotted: guessing, 2.3." in spec["title"]["subtitle"]
+    assert "Dotted line: guessing (2.3)." in spec["title"]["subtitle"]
     assert "×: failed (1)." in spec["title"]["subtitle"]
 
 
@@ -324,7 +324,7 @@ def folder(tmp_path_factory, result, many):
 def text_of(html):
     """The page's words in English, one space apart."""
     html = re.sub(r'<span data-lang="zh".*?</span>', "", html)
-    return " ".join(re.sub(r"<[^>]+>", " ", html).split())
+    return " ".join(re.sub(r"<[^>]+>", " ", html).replace("\xa0", " ").split())
 
 
 def test_a_page_leads_from_the_claim_to_the_verdict(folder, result):
@@ -412,6 +412,10 @@ def test_pages_that_are_there_are_kept_where_others_are_named(tmp_path, folder):
     assert len((tmp_path / "made-up.html").read_text()) > 100_000
 
 
+def test_backticks_are_code():
+    assert codes("`a<b` and c`d") == "<code>a&lt;b</code> and c`d"
+
+
 def test_only_results_are_read(folder):
     assert [r["name"] for r in results_in(folder)] == ["made-up", "many"]
 
@@ -487,7 +491,7 @@ def test_page_in_both_languages(browser, folder, name, count):
 @needs_chromium
 def test_the_verdict_box(browser, folder):
     with opened(browser, folder / "made-up.html") as page:
-        box = page.inner_text(".advice.verdict").replace("\n\n", "\n")
+        box = page.inner_text(".advice.verdict").replace("\n\n", "\n").replace("\xa0", " ")
         assert box == (
             "supported Deep plain networks have a higher loss than shallow ones, by 0.5 nats.\n"
             "Median effect over 8 seeds: 1.83 nats, 95 % interval [1.4, 1.91]; the statement asks "

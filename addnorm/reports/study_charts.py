@@ -7,6 +7,7 @@ nothing does.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections import defaultdict
@@ -38,6 +39,7 @@ from addnorm.reports.study_picture import (
     scaled,
     seed_marks,
     values_of,
+    wrapped,
 )
 from addnorm.reports.study_words import amount, level_text, text_in
 
@@ -67,19 +69,20 @@ def _under(picture: Picture) -> tuple[str, str]:
     """Say below the title what the marks are."""
     plot, rows = picture.plot, picture.rows
     count = len({row["seed"] for row in rows})
-    seeds, seeds_zh = f"{count} seed{'s' if count > 1 else ''}", f"{count} 个种子"
     if plot["kind"] == "profile":
-        en = [f"Thin lines: each of {seeds}; thick: their median."]
-        zh = [f"细线为单个种子（共 {seeds_zh}），粗线为中位数。"]
+        en = [f"Thin lines: each of {count} seeds; thick: their median."]
+        zh = [f"细线为单个种子（共 {count} 个），粗线为中位数。"]
     else:
         middle = ("line", "连线") if plot["kind"] == "lines" else ("bar", "短线")
-        en = [f"Small points: each of {seeds}; {middle[0]}: their median."]
-        zh = [f"小圆点为单个种子（共 {seeds_zh}），{middle[1]}为中位数。"]
+        en = [f"Small points: each of {count} seeds; {middle[0]}: their median."]
+        zh = [f"小圆点为单个种子（共 {count} 个），{middle[1]}为中位数。"]
+    if count == 1:
+        en, zh = ["One seed."], ["只有一个种子。"]
     if plot["reference"] is not None:
         title = plot["reference_title"] or {"en": "reference", "zh": "参考值"}
         value = amount(plot["reference"])
-        en.append(f"Dotted: {title['en']}, {value}.")
-        zh.append(f"点线：{title['zh']}，{value}。")
+        en.append(f"Dotted line: {title['en']} ({value}).")
+        zh.append(f"点线：{title['zh']}（{value}）。")
     lost = sum(row["failed"] for row in rows)
     if lost and plot["kind"] == "profile":
         whole = sum(row["failed"] and isinstance(row[plot["y"]], list) for row in rows)
@@ -114,12 +117,18 @@ def _lines(picture: Picture, lang: Lang) -> Any:
         axis["axis"] = alt.Axis(
             values=levels, labelExpr=SHORT_LABEL if log else LABEL, grid=False, labelOverlap=True
         )
+    gaps = [place(b) - place(a) for a, b in itertools.pairwise(levels)]
+    step = min(
+        0.012,
+        0.08 / len(picture.series),
+        0.6 * min(gaps, default=span) / span / len(picture.series),
+    )
     rows, groups = line_rows(picture), defaultdict(list)
     seeds = sorted({row["seed"] for row in picture.rows})
     for row in placed:
         panel, series, value = picture.panel_of(row), picture.series_of(row), row[plot["y"]]
-        aside = (picture.series.index(series) - (len(picture.series) - 1) / 2) * 0.012
-        aside += (seeds.index(row["seed"]) / max(1, len(seeds) - 1) - 0.5) * 0.008
+        aside = (picture.series.index(series) - (len(picture.series) - 1) / 2) * step
+        aside += (seeds.index(row["seed"]) / max(1, len(seeds) - 1) - 0.5) * 0.6 * step
         x = back(place(row[plot["x"]]) + (aside * span if is_factor else 0))
         same = {"p": panel, "s": series, "at": row[plot["x"]], "seed": row["seed"]}
         rows.append({**same, "x": x, "value": value, **picture.mark(row, value)})
@@ -133,15 +142,16 @@ def _lines(picture: Picture, lang: Lang) -> Any:
         text_in(plot["x_title"], lang) if plot["x_title"] else axis_title(result, plot["x"], lang)
     )
     y = scaled(picture.ends, picture.ticks, plot["log_y"])
+    columns, width = panels(range(len(picture.panels)))
+    height = 380 if columns == 1 else 280
     kind = kinds_of(
         alt.Chart().encode(
             alt.X("x:Q", title=title, **axis),
-            alt.Y("y:Q", title=axis_title(result, plot["y"], lang), **y),
+            alt.Y("y:Q", title=wrapped(axis_title(result, plot["y"], lang), height), **y),
             look.colour,
         )
     )
     tips = plot_tips(picture, lang, alt.Tooltip("at:Q", title=title, format="~g"))
-    columns, width = panels(range(len(picture.panels)))
     return alt.layer(
         *reference_line(picture),
         kind("median")
@@ -153,7 +163,7 @@ def _lines(picture: Picture, lang: Lang) -> Any:
         .mark_point(filled=True, size=80)
         .encode(look.shape, opacity=look.opacity(1), tooltip=[tips[-1]]),
         data=data(rows),
-    ).properties(width=width, height=380 if columns == 1 else 280)
+    ).properties(width=width, height=height)
 
 
 def _dots(picture: Picture, lang: Lang) -> Any:
@@ -189,7 +199,8 @@ def _dots(picture: Picture, lang: Lang) -> Any:
         "axis": labels,
     }
     numbers = scaled(picture.ends, picture.ticks, plot["log_y"])
-    numbers["title"] = axis_title(result, plot["y"], lang)
+    room = width if flat else 360 if columns == 1 else 280
+    numbers["title"] = wrapped(axis_title(result, plot["y"], lang), room)
     inside = alt.Scale(domain=[-1, 1])
     if flat:
         step = 20 + 16 * parts
@@ -264,16 +275,17 @@ def _profile(picture: Picture, lang: Lang) -> Any:
         text_in(plot["x_title"], lang) if plot["x_title"] else axis_title(result, plot["x"], lang)
     )
     y = scaled(picture.ends, picture.ticks, plot["log_y"])
+    columns, width = panels(range(len(picture.panels)))
+    height = 380 if columns == 1 else 280
     kind = kinds_of(
         alt.Chart().encode(
             alt.X("x:Q", title=title or None, **axis),
-            alt.Y("y:Q", title=axis_title(result, plot["y"], lang), **y),
+            alt.Y("y:Q", title=wrapped(axis_title(result, plot["y"], lang), height), **y),
             look.colour,
             detail="id:N",
         )
     )
     tips = plot_tips(picture, lang, alt.Tooltip("x:Q", title=title, format="~g"))
-    columns, width = panels(range(len(picture.panels)))
     return alt.layer(
         *reference_line(picture),
         kind("seed").mark_line(strokeWidth=0.9, clip=True).encode(opacity=look.opacity(0.3)),
@@ -289,7 +301,7 @@ def _profile(picture: Picture, lang: Lang) -> Any:
         .mark_point(filled=True, size=60, clip=True)
         .encode(look.shape, opacity=look.opacity(1), tooltip=[tips[-1]]),
         data=data(rows),
-    ).properties(width=width, height=380 if columns == 1 else 280)
+    ).properties(width=width, height=height)
 
 
 def _positive(value: Any, log: bool) -> Any:

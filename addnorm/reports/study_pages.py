@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from markupsafe import Markup, escape
 
 from addnorm.files import read_json
 from addnorm.reports.pages import Chart, write_page
@@ -91,7 +94,7 @@ def _write_index(results: Sequence[Mapping[str, Any]], path: Path, lang: str) ->
     claims = by_place(results)
     context = {
         **_words(),
-        "title": ("The studies", "研究一览"),
+        "title": ("The studies", "实验一览"),
         "rows": rows,
         "claims": claims,
         "verdicts": [counted((r["verdict"] for r in rows), lang) for lang in ("en", "zh")],
@@ -102,8 +105,20 @@ def _write_index(results: Sequence[Mapping[str, Any]], path: Path, lang: str) ->
 
 def _words() -> dict[str, Any]:
     """Return what the templates of studies call."""
-    functions = (amount, demand, duration, effect_in, level_text, probability, verdict_in)
-    return {f.__name__: f for f in functions} | {"VERDICTS": VERDICTS, "MODES": MODES}
+    functions = (amount, codes, demand, duration, level_text, probability, verdict_in)
+    called: dict[str, Any] = {f.__name__: f for f in functions}
+    called["effect_in"] = _unbroken
+    return called | {"VERDICTS": VERDICTS, "MODES": MODES}
+
+
+def _unbroken(row: Mapping[str, Any], lang: str) -> str:
+    """Write an effect whose interval stays on one line."""
+    return effect_in(row, lang).replace(", ", ",\N{NO-BREAK SPACE}")
+
+
+def codes(text: str) -> Markup:
+    """Return text in which `backticks` are code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def main_of(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -140,6 +142,18 @@ def axis_title(result: Mapping[str, Any], name: str, lang: Lang) -> str:
     unit = text_in(metric["unit"], lang)
     brackets = "（{}）" if lang == "zh" else " ({})"
     return text_in(metric["title"], lang) + (brackets.format(unit) if unit else "")
+
+
+def wrapped(title: str, room: float) -> list[str]:
+    """Return the lines of an axis title that has so many pixels."""
+    wide = sum(14 if c > "\u2e80" else 7 for c in title)
+    count = math.ceil(wide / room)
+    if count < 2:
+        return [title]
+    if " " in title:
+        return textwrap.wrap(title, math.ceil(len(title) / count) + 3)
+    size = math.ceil(len(title) / count)
+    return [title[i : i + size] for i in range(0, len(title), size)]
 
 
 def scaled(ends: Sequence[float], ticks: Sequence[float], log: bool) -> dict[str, Any]:

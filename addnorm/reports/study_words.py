@@ -116,14 +116,20 @@ def effect_line(contrast: Mapping[str, Any], count: int) -> Both:
             "No effect: a seed is missing, or a training failed in which nothing stands for it.",
             "没有效应值：缺少种子，或有训练失败且没有可代替的数值。",
         )
-    low, high = map(amount, contrast["interval"])
     here = {lang: with_unit(contrast["effect"], contrast["unit"], lang) for lang in ("en", "zh")}
     limit = {lang: demand(contrast, lang) for lang in ("en", "zh")}
-    chance = probability(contrast["p"])
-    is_known = known(contrast["p"])
-    p, p_zh = (f", p {chance}", f"，p {chance}") if is_known else ("", "")
-    if is_known and not chance.startswith("<"):
-        p, p_zh = f", p = {chance}", f"，p = {chance}"
+    p, p_zh = "", ""
+    if known(contrast["p"]):
+        chance = probability(contrast["p"])
+        sign = "" if chance.startswith("<") else "= "
+        told = f"p {sign}{chance}".replace(" ", "\N{NO-BREAK SPACE}")
+        p, p_zh = f", {told}", f"，{told}"
+    if count == 1:
+        return Both(
+            f"Effect: {here['en']}; the statement asks for {limit['en']}{p}.",
+            f"效应：{here['zh']}；命题要求 {limit['zh']}{p_zh}。",
+        )
+    low, high = map(amount, contrast["interval"])
     return Both(
         f"Median effect over {count} seeds: {here['en']}, 95 % interval [{low}, {high}]; the "
         f"statement asks for {limit['en']}{p}.",
@@ -199,7 +205,8 @@ def test_line(contrast: Mapping[str, Any], count: int) -> Both:
     if contrast["rule"] == "within":
         return Both(
             "Each seed gives one effect. That there is no difference beyond the limit is shown by two "
-            "one-sided sign-flip tests (TOST), one for each end; p is the larger of both. A test "
+            "one-sided sign-flip tests (TOST), one for each end; p is the larger of both (where "
+            "the statement is refuted, that of the two-sided test at the limit passed). A test "
             f"takes {flips} the signs of the distances to its end and counts those whose mean is as "
             "extreme as the one seen.",
             "每个种子给出一个效应。“没有超出界限的差别”由两个单侧符号翻转检验（TOST）证明，两端各一个，"
