@@ -19,7 +19,7 @@ from addnorm.studies.frame import (
     Words,
 )
 
-DEPTHS = (8, 20, 32, 56)  # layers: input layer, (L - 2) / 2 branches of two, output layer
+DEPTHS = (8, 20, 32, 56)  # linear layers in pairs; an output layer follows
 NETS = ("plain", "residual")
 WIRINGS = {"plain": "plain(act='relu')", "residual": "postact"}
 
@@ -29,7 +29,7 @@ def measure(cell: Mapping[str, Any]) -> dict[str, Any]:
     data = bench.digits()
     model = bench.mlp(
         cell["seed"],
-        (cell["depth"] - 2) // 2,
+        cell["depth"] // 2,
         WIRINGS[cell["net"]],
         branch_layers=2,
         inner_norm="batchnorm",
@@ -63,10 +63,10 @@ STUDY = Study(
         "没有捷径的网络更深时，训练误差反而更高吗？加上捷径能否消除？",
     ),
     design=Words(
-        "Networks of 8, 20, 32 and 56 linear layers, 64 wide, with BatchNorm after every layer, with "
-        "and without the shortcut around each pair of layers (the first unit of He et al. 2015), are "
+        "Networks of 8, 20, 32 and 56 linear layers, 64 wide, with BatchNorm after every layer, and an "
+        "output layer, with and without the shortcut around each pair of layers (the first unit of He et al. 2015), are "
         "trained on the digits of scikit-learn for about 20 epochs of SGD with momentum.",
-        "宽 64 的全连接网络，8、20、32、56 层，每层之后有 BatchNorm；每两层之上加或不加捷径"
+        "宽 64 的全连接网络，8、20、32、56 层（另有输出层），每层之后有 BatchNorm；每两层之上加或不加捷径"
         "（He 等 2015 的第一种单元），在 scikit-learn 手写数字上用带动量的 SGD 训练约 20 个周期。",
     ),
     controls=Words(
