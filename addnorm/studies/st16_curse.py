@@ -94,7 +94,7 @@ def _stirred(rows: Rows) -> float:
 STUDY = Study(
     id="ST-16",
     name="curse",
-    title=Words("The curse of depth", "深度诅咒"),
+    title=Words("The curse of depth", "深度的诅咒"),
     question=Words(
         "Is a layer worth less the deeper it stands, and does that depend on where the norm sits?",
         "层的位置越深，作用就越小吗？这与归一化的位置有关吗？",
@@ -220,7 +220,7 @@ STUDY = Study(
     plots=(
         Plot(
             "profile", Words("What each layer is worth", "各层的作用"),
-            x="layer", y="worth", color="wiring",
+            x="layer", y="worth", color="wiring", log_y=True,
         ),
         Plot(
             "profile", Words("How far each connection turns the stream", "每个连接使残差流转过的角度"),
