@@ -1,0 +1,242 @@
+"""ST-13 The babygpt ladder: what each step is worth, and what the skip does with depth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from addnorm.models.babygpt import LADDER
+from addnorm.models.gpt import GPT, GPTConfig
+from addnorm.studies import bench
+from addnorm.studies.frame import (
+    Claim,
+    Contrast,
+    Metric,
+    Mode,
+    Plot,
+    Published,
+    Rows,
+    Study,
+    Words,
+)
+from addnorm.training.config import BABYGPT
+
+CONTEXT = 8
+RATES = (1e-3, 1e-2)  # the ladder's own is 1e-2
+PRESETS = {name: f"babygpt-{name}" for name in ("v6", "v7", "v8", "v9")}
+UNIGRAM = 3.27  # nats: the built-in text, guessed by the frequency of its characters
+UNIFORM = math.log(103)  # nats: its characters, guessed as equally frequent
+NATS = Words("nats", "nat")
+
+
+def measure(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """Train one network of the ladder on the built-in text, as its authors do but shorter."""
+    data, steps = bench.text(CONTEXT), cell["steps"]
+    torch.manual_seed(cell["seed"])
+    settings = {**LADDER[PRESETS[cell["net"]]], "depth": cell["depth"]}
+    model = GPT(GPTConfig(**settings, vocab_size=data.vocab_size))
+    recipe = BABYGPT | {"eval_every": steps, "eval_batches": 100}
+    run = bench.trained(model, data, cell["seed"], **recipe | {"lr": cell["rate"], "steps": steps})
+    shown = range(0, len(run.losses) - len(run.losses) % 50, 50)
+    return {
+        "loss": min(run.validation, UNIFORM) if run.status == "finished" else math.nan,
+        "curve": [float(np.mean(run.losses[i : i + 50])) for i in shown],
+        "step": [i + 25 for i in shown],
+        "seen": list(range(1, CONTEXT + 1)),
+        "position": position_losses(model),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+
+@torch.no_grad()
+def position_losses(model: nn.Module) -> list[float]:
+    """Return the validation loss in nats by position `(T,)`; position t has seen t characters."""
+    model.eval()
+    x, y = bench.windows(CONTEXT, 4096)
+    losses = F.cross_entropy(model(x).movedim(-1, 1), y, reduction="none")  # (B, T)
+    return [float(loss) for loss in losses.mean(0)]
+
+
+def _best(rows: Rows, net: str, depth: int = 3) -> float:
+    return rows.best("loss", net=net, depth=depth)
+
+
+def _gain(rows: Rows, depth: int, rate: float | None = None) -> float:
+    """Return by how many nats the skip lowers the loss, v6 to v7, at one or the better rate."""
+    chosen = rows if rate is None else rows.only(rate=rate)
+    return _best(chosen, "v6", depth) - _best(chosen, "v7", depth)
+
+
+def _gains(rows: Rows) -> list[float]:
+    """Return by how many nats the skip lowers the loss of each position, both at their best."""
+    v6, v7 = (
+        min(rows.only(net=net, depth=3), key=lambda row: row["loss"])["position"]
+        for net in ("v6", "v7")
+    )
+    return [a - b for a, b in zip(v6, v7, strict=True)]
+
+
+def _far(rows: Rows) -> float:
+    """Return what the skip gains at the last two positions beyond the third and fourth, in nats."""
+    gains = _gains(rows)
+    return sum(gains[6:8]) / 2 - sum(gains[2:4]) / 2
+
+
+STUDY = Study(
+    id="ST-13",
+    name="ladder",
+    title=Words("The babygpt ladder", "babygpt 的阶梯"),
+    question=Words(
+        "What is each step of the babygpt ladder worth, and does the skip help because the network is "
+        "deep, or because it must remember far back?",
+        "babygpt 的每一步各值多少？捷径有用，是因为网络深，还是因为要记住很远的内容？",
+    ),
+    design=Words(
+        "The networks v6 (no skip), v7 (skip), v8 (output matrix of the attention, wider feed-forward) and "
+        "v9 (pre-norm) as their authors wrote them, 32 wide over 8 characters, "
+        "each 1, 3 (the original) and 6 blocks deep, at the original rate of 1e-2 and at 1e-3, for 1,000 "
+        "steps on the built-in English text. The loss is also taken by position in the window: the first "
+        "has seen one character, the last eight.",
+        "按原作者的写法构建 v6（无捷径）、v7（捷径）、v8（注意力输出矩阵、更宽的前馈层）、v9（pre-norm），宽 32，"
+        "上下文 8 个字符。深度取 1、3（原版）、6 块，学习率取原版的 1e-2 与 1e-3，在内置英文文本上各训练 "
+        "1000 步。损失还按窗口中的位置分别统计：第一个位置只看到一个字符，最后一个看到八个。",
+    ),
+    controls=Words(
+        "v6 and v7 have the same parameters and start; all see the same batches. Contrasts take the better "
+        "of the two rates for each network unless they say otherwise. The original corpus is Chinese song "
+        "lyrics, the original training five times as long.",
+        "v6 与 v7 的参数量和初始值相同，所有网络看到的批次相同。除非另有说明，每个网络取两档学习率中较好的一档。"
+        "原版语料是宋词，训练步数是这里的五倍。",
+    ),
+    lesson=Words("", ""),
+    claims=(
+        Claim("0.22", "000", 122, Words(
+            "In the deep structure of three blocks the skip lets the model learn complex language.",
+            "在三个块的深层结构中，残差连接使模型能学习复杂的语言模式。",
+        )),
+        Claim("0.10", "000", 78, Words(
+            "Without the skip information is lost from block to block, so that far dependencies are hard "
+            "to learn.",
+            "没有残差连接，信息逐层丢失，模型难以学习长期依赖。",
+        ), by="range", stands=False),
+        Claim("0.17", "000", 97, Words(
+            "Pre-norm makes the training more stable still.",
+            "Pre-LN 进一步稳定了训练。",
+        ), by="norm"),
+        Claim("2.14", "002", 141, Words(
+            "Shallow networks may train stably without the skip; it tells in deep ones.",
+            "较浅的网络不用残差连接也能稳定训练，它主要对深层网络有效。",
+        ), by="shallow"),
+    ),
+    factors={"net": tuple(PRESETS), "depth": (1, 3, 6), "rate": RATES},
+    measure=measure,
+    metrics={
+        "loss": Metric(Words("validation loss", "验证损失"), NATS, UNIFORM),
+        "curve": Metric(Words("training loss", "训练损失"), NATS),
+        "step": Metric(Words("step", "步数")),
+        "seen": Metric(Words("characters seen", "已看到的字符数")),
+        "position": Metric(Words("validation loss by position", "各位置的验证损失"), NATS),
+        "parameters": Metric(Words("parameters", "参数量")),
+    },
+    primary=Contrast(
+        Words(
+            "With the original three blocks the skip (v6 to v7) lowers the loss by at least 0.3 nats.",
+            "原版三个块时，捷径（v6 到 v7）使损失至少降低 0.3 nat。",
+        ),
+        lambda rows: _gain(rows, 3),
+        limit=0.3,
+        unit=NATS,
+    ),
+    secondary=(
+        Contrast(
+            Words(
+                "At both rates: the smaller gain of the two exceeds 0.3 nats as well.",
+                "两档学习率下都如此：较小的那个降幅也超过 0.3 nat。",
+            ),
+            lambda rows: min(_gain(rows, 3, rate) for rate in RATES),
+            limit=0.3, unit=NATS, name="both-rates",
+        ),
+        Contrast(
+            Words(
+                "With one block the skip is worth less than 0.15 nats.",
+                "只有一个块时，捷径带来的降幅小于 0.15 nat。",
+            ),
+            lambda rows: _gain(rows, 1),
+            limit=0.15, rule="below", unit=NATS, name="shallow",
+        ),
+        Contrast(
+            Words(
+                "With six blocks it is worth at least 0.3 nats more than with one.",
+                "六个块时的降幅比一个块时至少多 0.3 nat。",
+            ),
+            lambda rows: _gain(rows, 6) - _gain(rows, 1),
+            limit=0.3, unit=NATS, name="depth",
+        ),
+        Contrast(
+            Words(
+                "It is worth as much, to 0.1 nats, at the seventh and eighth position as at the third and "
+                "fourth.",
+                "在第七、八个位置上的降幅与第三、四个位置相同，相差不到 0.1 nat。",
+            ),
+            _far,
+            limit=0.1, rule="within", unit=NATS, name="range",
+        ),
+        Contrast(
+            Words(
+                "It is worth more than 0.1 nats at the first position, where there is no distance at all.",
+                "在没有任何距离可言的第一个位置上，捷径也带来超过 0.1 nat 的降幅。",
+            ),
+            lambda rows: _gains(rows)[0],
+            limit=0.1, unit=NATS, name="first-position",
+        ),
+        Contrast(
+            Words(
+                "Pre-norm (v8 to v9) lowers the loss by at least 0.05 nats.",
+                "Pre-norm（v8 到 v9）使损失至少降低 0.05 nat。",
+            ),
+            lambda rows: _best(rows, "v8") - _best(rows, "v9"),
+            limit=0.05, unit=NATS, name="norm",
+        ),
+    ),
+    modes={
+        "quick": Mode(6, 1.8, settings={"steps": 400}),
+        "default": Mode(8, 5.5, settings={"steps": 1000}),
+        "long": Mode(8, 60, {"rate": (1e-3, 3e-3, 1e-2), "depth": (1, 3, 6, 12)}, {"steps": 5000}),
+    },
+    plots=(
+        Plot(
+            "lines", Words("Validation loss by depth", "验证损失与深度"),
+            x="depth", y="loss", color="net", facet="rate",
+            x_title=Words("blocks", "块数"),
+            reference=UNIGRAM,
+            reference_title=Words("guessing by frequency", "按字符频率猜测"),
+        ),
+        Plot(
+            "profile", Words("Loss by position, 3 blocks, rate 1e-2", "各位置的损失，3 块，学习率 1e-2"),
+            x="seen", y="position", color="net", only={"depth": 3, "rate": 1e-2},
+            x_title=Words("characters seen", "已看到的字符数"),
+        ),
+        Plot(
+            "profile", Words("Training, 3 blocks", "训练，3 块"),
+            x="step", y="curve", color="net", facet="rate", only={"depth": 3},
+            x_title=Words("step", "步"),
+        ),
+    ),
+    published=(
+        Published(
+            Words(
+                "This package on the original corpus (Chinese song lyrics, 6,148 characters), 5,000 steps at "
+                "1e-2: v6, v7, v8, v9, nats",
+                "本项目在原版语料（宋词，6148 个字符）上以 1e-2 训练 5000 步：v6、v7、v8、v9，单位 nat",
+            ),
+            "6.21, 4.99, 4.96, 4.85",
+            "LOG.md, runs/ladder.py",
+        ),
+    ),
+)  # fmt: skip

@@ -1,0 +1,77 @@
+"""ST-13: the verdicts both ways, the loss by position, and the skip taken out of v7."""
+
+import math
+
+import pytest
+import torch
+from study_rows import concluded, small, verdicts
+
+from addnorm.studies import bench
+from addnorm.studies import st13_ladder as module
+
+STUDY = module.STUDY
+
+
+def made_up(deep=0.9, shallow=0.05, far=0.0, norm=0.15):
+    """What the skip gains with several blocks and with one, how it goes by position; the norm's."""
+
+    def metrics(cell):
+        wobble = 0.01 * math.sin(3 * cell["seed"] + cell["depth"])
+        gain = {1: shallow}.get(cell["depth"], deep)
+        v7 = 2.15 + wobble + 0.2 * (cell["rate"] < 1e-2)
+        loss = {"v6": v7 + gain, "v7": v7, "v8": v7, "v9": v7 - norm}
+        by = [loss[cell["net"]] + (far * t if cell["net"] == "v6" else 0) for t in range(8)]
+        return {
+            "loss": loss[cell["net"]],
+            "position": by,
+            "parameters": 100,
+            **{key: [1.0] for key in ("curve", "step", "seen")},
+        }
+
+    return metrics
+
+
+def test_it_can_say_both():
+    found = verdicts(concluded(STUDY, made_up()))
+    assert found.pop("0.10") == "REFUTED"
+    assert set(found.values()) == {"SUPPORTED"}
+    found = verdicts(concluded(STUDY, made_up(deep=0.0, shallow=0.4, far=0.2, norm=-0.1)))
+    assert found.pop("0.10") == "SUPPORTED"
+    assert set(found.values()) == {"REFUTED"}
+
+
+def test_a_training_that_diverged_counts_as_guessing():
+    def metrics(cell):
+        lost = {"loss": math.nan} if (cell["net"], cell["rate"]) == ("v6", 1e-2) else {}
+        return made_up()(cell) | lost
+
+    result = concluded(STUDY, metrics)
+    assert result["failed"] == 3 * STUDY.mode("default").seeds
+    assert result["verdict"] == "SUPPORTED"
+
+
+def test_losses_by_position_average_to_the_loss():
+    """Of a network that has learned nothing but a table: position by position beside the whole."""
+    torch.manual_seed(0)
+    table = torch.nn.Embedding(bench.text(8).vocab_size, bench.text(8).vocab_size)
+    found = module.position_losses(table)
+    whole, _ = bench.loss_on(table, *bench.windows(8, 4096))
+    assert sum(found) / 8 == pytest.approx(whole, rel=1e-5)
+    x, y = bench.windows(8, 4096)
+    second = torch.nn.functional.cross_entropy(table(x[:, 1]), y[:, 1]).item()
+    assert found[1] == pytest.approx(second, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_the_skip_removed_flips_the_verdict(monkeypatch):
+    """The real trainings of v6 and v7; then v7 without its skip."""
+    study = small(STUDY, factors={"rate": (1e-2,)}, steps=120)
+
+    def metrics(cell):
+        if cell["net"] in ("v6", "v7") and cell["depth"] == 3:
+            return study.measure(cell)
+        return made_up()(cell)
+
+    assert concluded(study, metrics)["verdict"] == "SUPPORTED"
+    monkeypatch.setitem(module.PRESETS, "v7", "babygpt-v6")
+    assert concluded(study, metrics)["verdict"] == "REFUTED"
