@@ -59,7 +59,7 @@ def share(model: ResNet) -> float:
     """Return the expected share of units that are computed in a training step."""
     kept: list[Any] = [m.keep for m in model.modules() if isinstance(m, Wiring)]
     always = sum(isinstance(m, Change) for m in model.modules())  # they change the width
-    return (sum(kept) + always) / (len(kept) + always)
+    return float((sum(kept) + always) / (len(kept) + always))
 
 
 # -- what is made of the rows --------------------------------------------------------------------
