@@ -639,8 +639,9 @@ STUDY = Study(
     metrics={
         "failed_checks": Metric(Words("failed checks, of 13", "未通过的检查数，共 13 项")),
         "left": Metric(Words(
-            "what is wrong with the stream when the branches are silent, share of its size",
-            "分支输出零时残差流的相对误差",
+            "what is wrong with the stream when the branches are silent, share of its size; 0 without a "
+            "skip to look at",
+            "分支输出零时残差流的相对误差；没有捷径可查时为 0",
         )),
         **{name: Metric(title, Words("1 passed", "1 为通过")) for name, title in TITLES.items()},
         "sick": Metric(Words("sick as printed", "原文有缺陷")),
