@@ -1,0 +1,262 @@
+"""ST-06 Convergence at equal depth, and generalisation where both fit their data equally well."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from addnorm.studies import bench
+from addnorm.studies.frame import (
+    Claim,
+    Contrast,
+    Metric,
+    Mode,
+    Plot,
+    Published,
+    Rows,
+    Study,
+    Words,
+)
+
+DEPTHS = (4, 8, 14, 20)  # layers as in ST-03: (L - 2) / 2 branches of two
+RATES = (0.02, 0.05)
+WIRINGS = {"plain": "plain(act='relu')", "residual": "postact"}
+SPEED = 0.1  # nats of the running training loss: the race is to there
+MATCHED = 0.02  # where the test errors are compared
+EARLY = 60  # steps, where they are compared too
+CAP = 800  # steps at most; stands for a network that does not get there
+
+
+class Matched(Exception):  # noqa: N818  # no error
+    """The running loss is at the level of the comparison."""
+
+
+class Race:
+    """Looks on at a training: when the running loss is where, and the test error there."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.losses: list[float] = []
+        self.steps = math.nan
+        self.early = math.nan
+
+    def begin(self, step: int) -> None:
+        """Begin with the first step."""
+
+    def before_update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let the gradients be."""
+
+    def after_update(self, loss: Tensor) -> None:
+        """Take the times; raise `Matched` at the last level."""
+        self.losses.append(loss.item())
+        if math.isnan(self.steps):
+            self.steps = bench.steps_to(self.losses, SPEED)
+        if len(self.losses) == EARLY:
+            self.early = error_of(self.model)
+            self.model.train()
+        if not math.isnan(bench.steps_to(self.losses, MATCHED)) and len(self.losses) >= EARLY:
+            raise Matched
+
+    def flush(self) -> None:
+        """Have nothing to write."""
+
+
+def error_of(model: nn.Module) -> float:
+    """Return the share of the test images that are taken for another digit, in evaluation mode."""
+    data = bench.digits()
+    x, y = next(iter(data.validation_batches(len(data.validation), 1)))
+    return 1 - bench.loss_on(model, torch.as_tensor(x), torch.as_tensor(y))[1]
+
+
+def measure(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """Train one network until its running loss is at `MATCHED`; NaN where it does not get there."""
+    data = bench.digits()
+    model = bench.mlp(
+        cell["seed"],
+        (cell["depth"] - 2) // 2,
+        WIRINGS[cell["net"]],
+        branch_layers=2,
+        inner_norm="batchnorm",
+        start="he",
+    )
+    race, there = Race(model), False
+    settings = bench.SGD | {"lr": cell["rate"], "steps": cell["steps"]}
+    try:
+        bench.trained(model, data, cell["seed"], watcher=race, **settings)
+    except Matched:
+        there = True
+    return {
+        "steps": race.steps,
+        "early": race.early,
+        "train": bench.loss_on(model, *bench.training_set(data))[0] if there else math.nan,
+        "error": error_of(model) if there else math.nan,
+    }
+
+
+def _doublings(rows: Rows, depth: int) -> float:
+    """Return log2 of the steps of the plain net over those of the residual one, at best rates."""
+    plain, residual = (rows.best("steps", net=net, depth=depth) for net in WIRINGS)
+    return math.log2(plain / residual)
+
+
+def _gain(rows: Rows, metric: str, depth: int) -> float:
+    """Return how much higher the plain net's error is, the mean over the rates; NaN if none."""
+    gains = []
+    for rate in sorted(set(rows.only(depth=depth).column("rate"))):
+        plain, residual = (rows.value(metric, net=n, depth=depth, rate=rate) for n in WIRINGS)
+        gains.append(plain - residual)
+    return statistics.fmean([g for g in gains if not math.isnan(g)] or [math.nan])
+
+
+DOUBLINGS = Words("doublings of the steps", "步数翻倍的次数")
+ERROR = Words("error", "错误率")
+
+STUDY = Study(
+    id="ST-06",
+    name="convergence",
+    title=Words("Speed, and generalisation at equal fit", "收敛速度，与同等拟合下的泛化"),
+    question=Words(
+        "Does the shortcut make training faster at equal depth, and does it generalise better where both "
+        "networks fit the training data equally well?",
+        "深度相同时，捷径使训练更快吗？两种网络对训练数据拟合得同样好时，有捷径的泛化更好吗？",
+    ),
+    design=Words(
+        "Plain and residual networks of 4, 8, 14 and 20 layers (those of the degradation study) are trained "
+        "on digits. Speed: steps until the running training loss is below 0.1 nats. Generalisation: both "
+        "trainings end where their running loss is below 0.02, and the test errors are compared there; "
+        "beside it, after 60 steps of both. No difference is a statement of its own here: an equivalence test "
+        "within 1 point.",
+        "与退化实验相同的 4、8、14、20 层网络，有无捷径，在手写数字上训练。速度：滑动训练损失降到 0.1 nat 所需步数。"
+        "泛化：两者都训练到滑动损失低于 0.02 为止，在那里比较测试错误率；另外再比较各训练 60 步之后的测试错误率。"
+        "这里“没有差别”本身就是要检验的陈述：1 个百分点以内的等价性检验。",
+    ),
+    controls=Words(
+        "The networks of a seed have the same parameters, start and batches, and both rates, 0.02 and 0.05. "
+        "Speeds are compared at the better rate of each, errors at equal rates (mean of the two). A step "
+        "costs both the same. Running losses are those of batches in training mode; the loss of all training "
+        "images in evaluation mode is reported too.",
+        "同一种子的网络参数量、初始值与批次相同，学习率都用 0.02 与 0.05。速度按各自较好的学习率比较，错误率按相同"
+        "学习率比较（两者取平均）。每一步的计算量相同。滑动损失取自训练模式下的批次；同时给出全部训练图像在评估模式下的"
+        "损失。",
+    ),
+    lesson=Words(
+        "The shortcut is an aid to optimisation: the deeper, the faster. Where both fit, both generalise.",
+        "捷径帮助的是优化：越深，加速越多。拟合得同样好时，泛化也一样。",
+    ),
+    claims=(
+        Claim("0.14", "000", 80, Words(
+            "The shortcut speeds up convergence considerably.",
+            "捷径显著加快收敛。",
+        )),
+        Claim("4.3", "004", 13, Words(
+            "Residual connections make training faster.",
+            "残差连接加快训练。",
+        )),
+        Claim("2.14", "002", 141, Words(
+            "Shallow networks may train well without shortcuts.",
+            "较浅的网络没有捷径也能稳定训练。",
+        ), by="shallow"),
+        Claim("4.4", "004", 15, Words(
+            "Residual connections improve generalisation.",
+            "残差连接提高泛化能力。",
+        ), by="same-test", stands=False),
+    ),
+    factors={"net": tuple(WIRINGS), "depth": DEPTHS, "rate": RATES},
+    measure=measure,
+    metrics={
+        "steps": Metric(Words("steps to a loss of 0.1", "损失降到 0.1 的步数"), failed=CAP),
+        "error": Metric(Words("test error where the running loss is 0.02", "滑动损失为 0.02 时的测试错误率")),
+        "train": Metric(Words("training loss there", "此时的训练损失"), Words("nats", "nat")),
+        "early": Metric(Words("test error after 60 steps", "60 步后的测试错误率"), failed=0.9),
+    },
+    primary=Contrast(
+        Words(
+            "At 20 layers the plain network needs at least twice the steps of the residual one.",
+            "20 层时，无捷径网络所需步数至少是残差网络的两倍。",
+        ),
+        lambda rows: _doublings(rows, 20),
+        limit=1.0,
+        unit=DOUBLINGS,
+    ),
+    secondary=(
+        Contrast(
+            Words(
+                "At 4 layers it needs less than 1.5 times the steps.",
+                "4 层时，所需步数不到 1.5 倍。",
+            ),
+            lambda rows: _doublings(rows, 4), limit=math.log2(1.5), rule="below", name="shallow",
+            unit=DOUBLINGS,
+        ),
+        Contrast(
+            Words(
+                "The factor itself at least doubles from 4 to 20 layers.",
+                "从 4 层到 20 层，这一倍数本身至少翻倍。",
+            ),
+            lambda rows: _doublings(rows, 20) - _doublings(rows, 4), limit=1.0, name="grows",
+            unit=DOUBLINGS,
+        ),
+        Contrast(
+            Words(
+                "At 8 layers and equal training loss, both have the same test error, within 1 point.",
+                "8 层、训练损失相同时，两者测试错误率相同，相差不到 1 个百分点。",
+            ),
+            lambda rows: _gain(rows, "error", 8), limit=0.01, rule="within", name="same-test",
+            unit=ERROR,
+        ),
+        Contrast(
+            Words(
+                "At 20 layers and equal training loss, the residual network has a lower test error, by more "
+                "than 1 point.",
+                "20 层、训练损失相同时，残差网络的测试错误率低 1 个百分点以上。",
+            ),
+            lambda rows: _gain(rows, "error", 20), limit=0.01, name="deep-test", unit=ERROR,
+        ),
+        Contrast(
+            Words(
+                "At 20 layers, 60 steps into the training, its test error is lower by more than 5 points.",
+                "20 层、训练 60 步时，残差网络的测试错误率低 5 个百分点以上。",
+            ),
+            lambda rows: _gain(rows, "early", 20), limit=0.05, name="early-test", unit=ERROR,
+        ),
+    ),
+    modes={
+        "quick": Mode(6, 0.5, {"depth": (4, 8, 20), "rate": (0.05,)}, {"steps": CAP}),
+        "default": Mode(12, 2, settings={"steps": CAP}),
+        "long": Mode(20, 8, {"depth": (*DEPTHS, 32), "rate": (0.01, *RATES)}, {"steps": CAP}),
+    },
+    plots=(
+        Plot(
+            "lines", Words("Steps to a training loss of 0.1", "训练损失降到 0.1 的步数"),
+            x="depth", y="steps", color="net", facet="rate", log_y=True, x_title=Words("layers", "层数"),
+        ),
+        Plot(
+            "lines", Words("Test error at equal training loss", "训练损失相同时的测试错误率"),
+            x="depth", y="error", color="net", facet="rate", x_title=Words("layers", "层数"),
+        ),
+        Plot(
+            "lines", Words("Test error after 60 steps", "60 步后的测试错误率"),
+            x="depth", y="early", color="net", facet="rate", x_title=Words("layers", "层数"),
+        ),
+    ),
+    published=(
+        Published(
+            Words(
+                "ImageNet, 18 layers: top-1 error, plain and residual (10-crop); the residual one converges "
+                "faster",
+                "ImageNet，18 层：Top-1 错误率，普通与残差（十次裁剪）；残差网络收敛更快",
+            ),
+            "27.94 %; 27.88 %",
+            "He et al. 2015 (arXiv:1512.03385), Table 2",
+        ),
+        Published(
+            Words("The same at 34 layers", "同上，34 层"),
+            "28.54 %; 25.03 %",
+            "He et al. 2015 (arXiv:1512.03385), Table 2",
+        ),
+    ),
+)  # fmt: skip
