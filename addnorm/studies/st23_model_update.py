@@ -20,7 +20,7 @@ WIRINGS = {"post-norm": "postnorm", "DeepNorm": "deepnorm", "pre-norm": "prenorm
 # One step so small that the output moves in proportion to the rate.
 STEPS: Mapping[str, Mapping[str, Any]] = {
     "SGD": {"optimizer": "sgd", "lr": 1e-3, "betas": (0.0, 0.999)},
-    "Adam": {"optimizer": "adamw", "lr": 1e-5, "betas": (0.9, 0.999)},
+    "Adam": {"optimizer": "adamw", "lr": 1e-6, "betas": (0.9, 0.999)},
 }
 
 
