@@ -23,7 +23,7 @@ from addnorm.studies.frame import (
     Words,
 )
 
-DEPTHS = (4, 8, 14, 20)  # layers as in ST-03: (L - 2) / 2 branches of two
+DEPTHS = (4, 8, 14, 20)  # linear layers in pairs, as in ST-03; an output layer follows
 RATES = (0.02, 0.05)
 WIRINGS = {"plain": "plain(act='relu')", "residual": "postact"}
 SPEED = 0.1  # nats of the running training loss: the race is to there
@@ -78,7 +78,7 @@ def measure(cell: Mapping[str, Any]) -> dict[str, Any]:
     data = bench.digits()
     model = bench.mlp(
         cell["seed"],
-        (cell["depth"] - 2) // 2,
+        cell["depth"] // 2,
         WIRINGS[cell["net"]],
         branch_layers=2,
         inner_norm="batchnorm",
@@ -126,12 +126,12 @@ STUDY = Study(
         "深度相同时，捷径使训练更快吗？两种网络对训练数据拟合得同样好时，有捷径的泛化更好吗？",
     ),
     design=Words(
-        "Plain and residual networks of 4, 8, 14 and 20 layers (those of the degradation study) are trained "
-        "on digits. Speed: steps until the running training loss is below 0.1 nats. Generalisation: both "
+        "Plain and residual networks of 4, 8, 14 and 20 layers, and an output layer, built as in the "
+        "degradation study, are trained on digits. Speed: steps until the running training loss is below 0.1 nats. Generalisation: both "
         "trainings end where their running loss is below 0.02, and the test errors are compared there; "
         "beside it, after 60 steps of both. No difference is a statement of its own here: an equivalence test "
         "within 1 point.",
-        "与退化实验相同的 4、8、14、20 层网络，有无捷径，在手写数字上训练。速度：滑动训练损失降到 0.1 nat 所需步数。"
+        "与退化实验构造相同的 4、8、14、20 层网络（另有输出层），有无捷径，在手写数字上训练。速度：滑动训练损失降到 0.1 nat 所需步数。"
         "泛化：两者都训练到滑动损失低于 0.02 为止，在那里比较测试错误率；另外再比较各训练 60 步之后的测试错误率。"
         "这里“没有差别”本身就是要检验的陈述：1 个百分点以内的等价性检验。",
     ),
