@@ -20,6 +20,7 @@ from addnorm.studies import all_studies, find_studies, running
 from addnorm.studies.frame import Claim, Contrast, Metric, Mode, Plot, Study
 from addnorm.studies.running import (
     StudyObserver,
+    claim_verdicts,
     code_of,
     conclude_study,
     keys_of,
@@ -407,6 +408,12 @@ def test_the_last_verdict_is_that_of_the_folder_or_else_the_shipped_one(tmp_path
     found = {row["name"]: row["verdict"] for row in last_verdicts(tmp_path / "out")}
     assert (found.pop("plus-one"), found.pop("degradation")) == ("SUPPORTED", "INCONCLUSIVE")
     assert set(found.values()) == {""}
+
+
+def test_claims_of_what_was_never_run_have_no_verdict():
+    rows = [summary(result_of(made_up()))]
+    assert claim_verdicts(rows) == {("ST-90", "1.3"): "SUPPORTED", ("ST-90", "0.13"): "REFUTED"}
+    assert claim_verdicts([rows[0] | {"verdict": ""}]) == {}
 
 
 # -- killed ------------------------------------------------------------------------------------

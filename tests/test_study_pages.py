@@ -185,6 +185,17 @@ def test_points_stand_near_their_level(result):
     assert len({(r["s"], r["at"], r["x"]) for r in rows}) == len(rows)
 
 
+def test_points_of_near_levels_do_not_mix():
+    study = made_up(
+        factors={"net": ("plain", "residual"), "depth": (4, 5, 64), "width": (32,)},
+        secondary=(),
+        claims=(),
+        plots=(Plot("lines", words("Loss"), x="depth", y="loss", color="net"),),
+    )
+    rows = of_kind(spec_of(result_of(study), 0), "seed")
+    assert all(min((4, 5, 64), key=lambda level: abs(level - r["x"])) == r["at"] for r in rows)
+
+
 def test_dots_stand_side_by_side_in_panels(result):
     spec = spec_of(result, 1)
     assert spec["facet"]["sort"] == ["width = 32", "width = 128"]
@@ -315,7 +326,7 @@ def folder(tmp_path_factory, result, many):
     out = tmp_path_factory.mktemp("studies")
     write_json(out / "made-up.json", result)
     write_json(out / "many.json", many)
-    write_json(out / "other.json", {"not": "a study"})
+    write_json(out / "other.json", {"contrasts": [], "not": "a study"})
     write_json(out / "list.json", [1, 2])
     write_study_pages(out)
     return out
