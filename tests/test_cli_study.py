@@ -16,7 +16,7 @@ from test_cli import refused
 import addnorm.cli.study as command
 from addnorm.cli import main
 from addnorm.files import locked
-from addnorm.reports.studies import LiveStudies, print_claims, print_studies
+from addnorm.reports.studies import LiveStudies, one_line, print_claims, print_studies
 from addnorm.studies import all_studies
 from addnorm.studies.running import summary
 
@@ -227,6 +227,19 @@ def test_claims_are_printed_by_document_and_line():
     assert re.search(r"001:9 +Deep plain networks are worse\. +supported", text)
     assert re.search(r"000:80 +Depth alone decides\. +refuted", text)
     assert printed(100, print_claims, [result_of(made_up(claims=()))], "en") == ""
+
+
+def test_a_result_in_one_line():
+    result = result_of(made_up()) | {"seconds": 90.0}
+    line = (
+        "ST-90 made-up: supported: 1.83 [1.4, 1.91] nats, p 0.008, {} seeds, 2 trainings failed, "
+        "1.5 min"
+    )
+    assert one_line(result, "en") == line.format("8")
+    assert one_line(result | {"seeds": [0, 1]}, "en") == line.format("2 of 8")
+    assert "2 个种子（计划 8 个），2 次训练失败，1.5 分钟" in one_line(
+        result | {"seeds": [0, 1]}, "zh"
+    )
 
 
 class Terminal(Console):

@@ -211,7 +211,9 @@ def one_line(result: Mapping[str, Any], lang: str) -> str:
     seeds, lost = len(result["seeds"]), result["failed"]
     parts = [effect_in(main, lang)]
     parts += [f"p {probability(main['p'])}"] if known(main["p"]) else []
-    parts += [f"{seeds} 个种子" if zh else f"{seeds} seeds"]
+    planned = result["planned"]
+    of, of_zh = ("", "") if seeds == planned else (f" of {planned}", f"（计划 {planned} 个）")
+    parts += [f"{seeds} 个种子{of_zh}" if zh else f"{seeds}{of} seeds"]
     parts += [f"{lost} 次训练失败" if zh else f"{lost} trainings failed"] if lost else []
     parts += [duration(result["seconds"], lang)]
     verdict, joint = verdict_in(result["verdict"], lang), "，" if zh else ", "

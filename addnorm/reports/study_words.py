@@ -105,8 +105,8 @@ def effect_in(row: Mapping[str, Any], lang: str) -> str:
 def demand(contrast: Mapping[str, Any], lang: str) -> str:
     """Write what a statement asks of its effect, such as "> 1 powers of ten"."""
     limit = with_unit(contrast["limit"], contrast["unit"], lang)
-    sign = {"above": "> ", "below": "< ", "within": "|·| < ", "exact": "|·| ≤ "}
-    return sign[contrast["rule"]] + limit
+    sign = {"above": ">", "below": "<", "within": "|·| <", "exact": "|·| ≤"}
+    return f"{sign[contrast['rule']]} {limit}".replace(" ", "\N{NO-BREAK SPACE}", 2)
 
 
 def effect_line(contrast: Mapping[str, Any], count: int) -> Both:
