@@ -37,14 +37,14 @@ def test_a_training_that_diverged_counts_as_guessing():
         )
 
     result = concluded(STUDY, metrics)
-    assert result["failed"] == STUDY.mode("default").seeds
+    assert result["failed"] == STUDY.mode("default").seeds * len(STUDY.factors["rate"])
     assert result["verdict"] == "SUPPORTED"
 
 
 @pytest.mark.slow
 def test_the_residual_removed_flips_the_verdict(monkeypatch):
     """The real measure at two depths: supported, and refuted where the shortcut is missing."""
-    study = small(STUDY, factors={"depth": (8, 56)}, steps=80)
+    study = small(STUDY, factors={"depth": (8, 56), "rate": (0.1,), "length": (1,)}, steps=90)
     assert concluded(study, study.measure)["verdict"] == "SUPPORTED"
     monkeypatch.setitem(module.WIRINGS, "residual", module.WIRINGS["plain"])
     assert concluded(study, study.measure)["verdict"] == "REFUTED"

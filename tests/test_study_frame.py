@@ -167,12 +167,12 @@ def test_secondary_verdicts_are_corrected():
 # -- what a study is ---------------------------------------------------------------------------
 
 
-def test_a_claim_that_does_not_stand_gets_the_contrary_verdict():
+def test_a_claim_that_does_not_stand_is_refuted_by_a_supported_statement_and_by_nothing_supported():
     says = words("so")
     stands, denied = Claim("1", "000", 1, says), Claim("1", "000", 1, says, stands=False)
     for verdict, contrary in (
         ("SUPPORTED", "REFUTED"),
-        ("REFUTED", "SUPPORTED"),
+        ("REFUTED", "INCONCLUSIVE"),
         ("INCONCLUSIVE", "INCONCLUSIVE"),
     ):
         assert stands.answer(verdict) == verdict

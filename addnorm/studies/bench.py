@@ -107,6 +107,32 @@ def training_set(data: ImageData) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(x), torch.from_numpy(y)
 
 
+def test_set(data: ImageData) -> tuple[Tensor, Tensor]:
+    """Return all test images `(N, C, S, S)` and labels `(N,)`."""
+    x, y = next(iter(data.validation_batches(len(data.validation), 1)))
+    return torch.from_numpy(x), torch.from_numpy(y)
+
+
+@torch.no_grad()
+def refit(model: nn.Module, x: Tensor) -> None:
+    """Set the statistics of every BatchNorm to those of `x`, all of it one batch.
+
+    What it gathered in training lags behind the weights: at a constant rate a deep network can
+    then seem worse than it is.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.train()
+        norm.momentum = 1.0
+    if norms:
+        model(x)
+    for norm, momentum in zip(norms, before, strict=True):
+        norm.eval()
+        norm.momentum = momentum
+
+
 @torch.no_grad()
 def loss_on(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
     """Return loss in nats and share right of a classifier on `x`, in evaluation mode."""

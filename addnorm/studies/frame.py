@@ -31,8 +31,9 @@ class Words(NamedTuple):
 class Claim:
     """What a document says, in our words, and which contrast answers it.
 
-    The claim gets the verdict of the contrast named `by`, or the contrary one where it does not
-    stand with the contrast's statement.
+    The claim gets the verdict of the contrast named `by` where it stands with its statement. Where
+    it does not, it is REFUTED when the statement is SUPPORTED, and otherwise undecided: that "at
+    least tenfold" is refuted does not make the contrary true.
     """
 
     id: str
@@ -47,9 +48,9 @@ class Claim:
 
     def answer(self, verdict: Verdict) -> Verdict:
         """Return the verdict on the claim, given that on the statement of its contrast."""
-        if self.stands or verdict == "INCONCLUSIVE":
+        if self.stands:
             return verdict
-        return "REFUTED" if verdict == "SUPPORTED" else "SUPPORTED"
+        return "REFUTED" if verdict == "SUPPORTED" else "INCONCLUSIVE"
 
 
 class Rows(Sequence[Row]):
@@ -89,7 +90,7 @@ class Rows(Sequence[Row]):
 
 @dataclass(frozen=True)
 class Contrast:
-    """A statement that can be wrong: the effect of every seed lies on one side of the limit.
+    """A statement that can be wrong: over the seeds, the effect lies on one side of the limit.
 
     `rule`: `above` or `below` the limit, `within` it in absolute value (no difference), or `exact`,
     a computation whose deviation stays within the limit for every seed.

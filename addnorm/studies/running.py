@@ -1,19 +1,21 @@
 """Run studies: every cell once, in parallel processes of one thread, kept by content; then judge.
 
 A finished cell is a file in `OUT/cells`, named by a hash of what decides it: the levels, settings
-and seed, the code of its measure, and the versions of addnorm and torch. A killed call goes on
-where it stopped. `OUT/NAME.json` holds the last result of a study.
+and seed, the code of its measure and of the package, the versions of Python, numpy and torch. A
+killed call goes on where it stopped. `OUT/NAME.json` holds the last result of a study.
 """
 
 from __future__ import annotations
 
 import datetime
+import functools
 import hashlib
 import inspect
 import json
 import math
 import platform
 import time
+import traceback
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -49,6 +51,26 @@ class StudyObserver:
         """Hear the result of a study."""
 
 
+class _Course:
+    """A study on its way: its cells, the rows that are known, and its result."""
+
+    def __init__(self, study: Study, mode: str, out: Path) -> None:
+        self.study, self.mode, self.out = study, mode, out
+        cells = list(study.cells(mode))
+        self.cells = dict(zip(keys_of(study, cells), cells, strict=True))
+        paths = {key: _file(out, key) for key in self.cells}
+        self.rows = {k: dict(read_json(path)) for k, path in paths.items() if path.exists()}
+        self.result: dict[str, Any] | None = None
+        self.error = ""  # the traceback of a defect in its measure
+
+    def conclude(self) -> dict[str, Any]:
+        """Judge the rows that are there, in the order of the cells, and keep the result."""
+        ordered = [self.rows[key] for key in self.cells if key in self.rows]
+        self.result = dict(finite(conclude_study(self.study, self.mode, ordered)))
+        _keep(self.result, self.out)
+        return self.result
+
+
 def run_studies(
     studies: Sequence[Study],
     mode: str = "default",
@@ -61,66 +83,47 @@ def run_studies(
     """Run the cells that are not known yet, judge each study, and return the results in order.
 
     `budget` in minutes: no cell is begun after it; what is complete by then is judged. Raises
-    `ValueError` for a budget that cannot give a verdict.
+    `ValueError` for a budget that cannot give a verdict, and `RuntimeError` where a measure failed,
+    after the other studies have ended.
     """
     observer = observer or StudyObserver()
-    cells = {
-        study.id: list(zip(given := list(study.cells(mode)), keys_of(study, given), strict=True))
-        for study in studies
-    }
-    rows = {
-        study.id: {
-            k: dict(read_json(p)) for _, k in cells[study.id] if (p := _file(out, k)).exists()
-        }
-        for study in studies
-    }
-    counts = [(len(cells[s.id]), len(rows[s.id])) for s in studies]
-    _check_budget(studies, mode, counts, budget)
-    observer.begin(studies, mode, counts)
-    waiting = [
-        (study, cell, key)
-        for study in studies
-        for cell, key in cells[study.id]
-        if key not in rows[study.id]
-    ]
-    ends = time.monotonic() + 60 * budget
-    results: dict[str, dict[str, Any]] = {}
-
-    def conclude() -> None:
-        for study in studies:
-            known = rows[study.id]
-            if study.id not in results and len(known) == len(cells[study.id]):
-                ordered = [known[key] for _, key in cells[study.id]]
-                results[study.id] = _keep(conclude_study(study, mode, ordered), out)
-                observer.concluded(study, results[study.id])
-
-    for study in studies:
-        for row in rows[study.id].values():
-            observer.cell(study, row)
-    conclude()
-    by_id = {study.id: study for study in studies}
-    for id, key, row in _measured(waiting, out, jobs, ends):
-        rows[id][key] = row
-        observer.cell(by_id[id], row)
-        conclude()
-    for study in studies:  # those that the budget has cut off
-        if study.id not in results:
-            known = rows[study.id]
-            ordered = [known[key] for _, key in cells[study.id] if key in known]
-            results[study.id] = _keep(conclude_study(study, mode, ordered), out)
-            observer.concluded(study, results[study.id])
-    return [results[study.id] for study in studies]
+    courses = [_Course(study, mode, out) for study in studies]
+    _check_budget(courses, budget)
+    observer.begin(studies, mode, [(len(c.cells), len(c.rows)) for c in courses])
+    for course in courses:
+        for row in course.rows.values():
+            observer.cell(course.study, row)
+        if len(course.rows) == len(course.cells):
+            observer.concluded(course.study, course.conclude())
+    by_id = {course.study.id: course for course in courses}
+    for id, key, row, error in _measured(courses, out, jobs, time.monotonic() + 60 * budget):
+        course = by_id[id]
+        if error:
+            course.error = error
+            observer.say(f"{course.study.name}: a cell failed; its other cells are left out")
+            continue
+        course.rows[key] = row
+        observer.cell(course.study, row)
+        if len(course.rows) == len(course.cells):
+            observer.concluded(course.study, course.conclude())
+    for course in courses:
+        if course.error:
+            raise RuntimeError(f"study {course.study.name} failed:\n{course.error}")
+        if course.result is None:  # cut off by the budget
+            observer.concluded(course.study, course.conclude())
+    return [course.result or {} for course in courses]
 
 
 def _measured(
-    waiting: Sequence[tuple[Study, dict[str, Any], str]], out: Path, jobs: int, ends: float
-) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Yield (study's id, key, row) of each cell as it ends; begin none after `ends`."""
+    courses: Sequence[_Course], out: Path, jobs: int, ends: float
+) -> Iterator[tuple[str, str, dict[str, Any], str]]:
+    """Yield (study's id, key, row, error) of each cell as it ends; begin none after `ends`."""
     run = joblib.delayed(_run_cell)
+    waiting = [(c, key) for c in courses for key in c.cells if key not in c.rows]
     tasks = (
-        run(study.measure, study.id, cell, key, out)
-        for study, cell, key in waiting
-        if time.monotonic() < ends
+        run(c.study.measure, c.study.id, c.cells[key], key, out)
+        for c, key in waiting
+        if time.monotonic() < ends and not c.error
     )
     count = min(jobs or joblib.cpu_count(), len(waiting)) or 1
     parallel = joblib.Parallel(n_jobs=count, return_as="generator_unordered", pre_dispatch="n_jobs")
@@ -133,19 +136,21 @@ def _run_cell(
     cell: dict[str, Any],
     key: str,
     out: Path,
-) -> tuple[str, str, dict[str, Any]]:
-    """Measure one cell with one thread, keep it, and return (study's id, key, row)."""
+) -> tuple[str, str, dict[str, Any], str]:
+    """Measure one cell with one thread, keep it, and return (study's id, key, row, error)."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     began = time.process_time()  # of this core: the same beside a busy neighbour
     try:
         torch.manual_seed(cell["seed"])
         measured = plain_values(dict(measure(cell)))
+    except Exception:  # noqa: BLE001  # told at the end, so that the other studies are not lost
+        return id, key, {}, f"{cell}\n{traceback.format_exc()}"
     finally:
         torch.set_num_threads(threads)
     row = finite({**cell, **measured, "seconds": round(time.process_time() - began, 3)})
     write_json(_file(out, key), row)
-    return id, key, row
+    return id, key, row, ""
 
 
 def plain_values(value: Any) -> Any:
@@ -163,34 +168,35 @@ def _file(out: Path, key: str) -> Path:
     return out / "cells" / f"{key}.json"
 
 
-def _keep(result: dict[str, Any], out: Path) -> dict[str, Any]:
-    write_json(out / f"{result['name']}.json", result)
-    return dict(finite(result))
+def _keep(result: dict[str, Any], out: Path) -> None:
+    """Write the result, unless a budget has cut it short and a whole one is there."""
+    path = out / f"{result['name']}.json"
+    if len(result["seeds"]) < result["planned"] and path.exists():
+        before = read_json(path)
+        if len(before["seeds"]) == before["planned"]:
+            return
+    write_json(path, result)
 
 
-def _check_budget(
-    studies: Sequence[Study], mode: str, counts: Sequence[tuple[int, int]], budget: float
-) -> None:
+def _check_budget(courses: Sequence[_Course], budget: float) -> None:
     """Raise `ValueError` where the budget is spent before the seeds of one verdict are complete."""
-    needed = []
-    for study, (count, known) in zip(studies, counts, strict=True):
-        chosen = study.mode(mode)
-        share = min(1.0, SEEDS / chosen.seeds) - known / count
-        needed.append(max(0.0, share * chosen.minutes))
-    total = sum(needed)
-    if total > budget:
-        quick = sum(study.mode("quick").minutes for study in studies)
-        names = ", ".join(study.name for study in studies[:3])
-        more = f" and {len(studies) - 3} more" if len(studies) > 3 else ""
-        hint = (
-            f", or --quick, which takes about {quick:.2g}"
-            if mode != "quick" and quick < total
-            else ""
-        )
-        raise ValueError(
-            f"a budget of {budget:g} minutes is too small for a verdict on {names}{more}: it needs "
-            f"about {total:.2g} on 2 cores{hint}"
-        )
+    total = 0.0
+    for course in courses:
+        chosen = course.study.mode(course.mode)
+        share = min(1.0, SEEDS / chosen.seeds) - len(course.rows) / len(course.cells)
+        total += max(0.0, share * chosen.minutes)
+    if total <= budget:
+        return
+    studies = [course.study for course in courses]
+    quick = sum(study.mode("quick").minutes for study in studies)
+    names = ", ".join(study.name for study in studies[:3])
+    more = f" and {len(studies) - 3} more" if len(studies) > 3 else ""
+    shorter = courses[0].mode != "quick" and quick < total
+    hint = f", or --quick, which takes about {quick:.2g}" if shorter else ""
+    raise ValueError(
+        f"a budget of {budget:g} minutes is too small for a verdict on {names}{more}: it needs "
+        f"about {total:.2g} on 2 cores{hint}"
+    )
 
 
 def conclude_study(study: Study, mode: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -309,11 +315,27 @@ def keys_of(study: Study, cells: Sequence[Mapping[str, Any]]) -> list[str]:
     facts = {
         "study": study.id,
         "code": code_of(study.measure),
-        "addnorm": __version__,
+        "package": package_code(),
         "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),  # whose pydoc is the corpus
     }
     texts = (json.dumps({**facts, "cell": dict(cell)}, sort_keys=True) for cell in cells)
     return [hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts]
+
+
+@functools.cache
+def package_code() -> str:
+    """Return a digest of the package's code that a measure can use: all but what presents results.
+
+    The studies are left out: each one's own code is in its keys.
+    """
+    root = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        if path.relative_to(root).parts[0] not in ("cli", "reports", "studies"):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def code_of(function: Callable[..., Any]) -> str:

@@ -62,12 +62,27 @@ def measure(cell: Mapping[str, Any]) -> dict[str, Any]:
         "tanh": found["tanh"][0],
         "mean": found["linear"][1],
         "cancelled": _cancelled(),
+        **_block(),
     }
 
 
 def _stack(width: int, blocks: int, activation: str) -> Stack:
     layers = [Layer(width, activation) for _ in range(blocks)]
     return Stack(layers, "residual", dim=width, start="").double()
+
+
+def _block() -> dict[str, float]:
+    """Return the largest error of x + F(x), and how much a residual connection learns itself."""
+    stack = _stack(D, 1, "tanh")
+    (connection,) = stack
+    x = torch.randn(8, D, dtype=torch.float64)
+    with torch.no_grad():
+        error = (stack(x) - (connection.branch(x, Context()) + x)).abs().max()
+    own = sum(p.numel() for p in stack.parameters())
+    return {
+        "sum": float(error),
+        "learned": own - sum(p.numel() for p in connection.branch.parameters()),
+    }
 
 
 def _autograd() -> float:
@@ -141,14 +156,25 @@ STUDY = Study(
     ),
     claims=(
         Claim("0.5", "000", 50, Words(
-            "Because of the identity path the whole gradient can never vanish.",
-            "有了恒等路径，总梯度不会完全消失。",
+            "The identity path guarantees that the gradient gets through, whatever the branch does.",
+            "有了恒等路径，无论分支如何，梯度都保证能够传递。",
         ), by="cancels", stands=False),
+        Claim("0.5b", "000", 50, Words(
+            "Where the gradient of the branch is small, the whole gradient does not vanish.",
+            "子层的梯度很小时，总梯度不会完全消失。",
+        ), by="small-kept"),
         Claim("0.6", "000", 67, Words("dH/dx = dF/dx + I.", "dH/dx = dF/dx + I。"), by="identity"),
         Claim("0.7", "000", 69, Words(
             "The term I guarantees a part of the gradient that is not zero.",
             "I 保证梯度中总有非零分量。",
         ), by="cancels", stands=False),
+        Claim("1.1", "001", 5, Words(
+            "The output of a residual block is F(x) + x.", "残差块的输出是 F(x) + x。",
+        ), by="sum"),
+        Claim("4.2", "004", 13, Words(
+            "With the connection the network learns an identity mapping across layers.",
+            "有了残差连接，网络学习跨层的恒等映射。",
+        ), by="nothing-learned", stands=False),
         Claim("1.22", "001", 143, Words("∂H/∂x = ∂F/∂x + 1.", "∂H/∂x = ∂F/∂x + 1。"), by="identity"),
         Claim("1.23", "001", 149, Words(
             "The bracket (∂F/∂x + 1) is at least 1, so the gradient comes back unattenuated.",
@@ -169,6 +195,8 @@ STUDY = Study(
         "smallest": Metric(Words("smallest singular value of I + J", "I + J 的最小奇异值")),
         "attenuated": Metric(Words("share of directions that shrink", "被缩小的方向所占比例")),
         "identity": Metric(Words("error of I + J", "与 I + J 之差")),
+        "sum": Metric(Words("error of x + F(x)", "与 x + F(x) 之差")),
+        "learned": Metric(Words("parameters of the connection itself", "连接自身的参数量")),
         "cancelled": Metric(Words("gain where F(x) = -x", "F(x) = -x 时的增益")),
         "linear": Metric(Words("error of the path sum, linear", "路径和的相对误差，线性")),
         "relu": Metric(Words("error of the path sum, ReLU", "路径和的相对误差，ReLU")),
@@ -188,6 +216,20 @@ STUDY = Study(
         Contrast(
             Words("Autograd's Jacobian of x + F(x) is I + J_F.", "x + F(x) 的自动微分雅可比矩阵等于 I + J_F。"),
             _one("identity"), limit=1e-6, rule="exact", name="identity",
+        ),
+        Contrast(
+            Words("A residual block returns x + F(x).", "残差块返回 x + F(x)。"),
+            _one("sum"), limit=1e-12, rule="exact", name="sum",
+        ),
+        Contrast(
+            Words("The shortcut has no parameters: nothing on it is learned.",
+                  "捷径没有参数，上面没有什么可学。"),
+            _one("learned"), limit=0, rule="exact", name="nothing-learned",
+        ),
+        Contrast(
+            Words("With a small random J (ρ = 0.1) every direction keeps more than half of its size.",
+                  "J 很小（ρ = 0.1）时，每个方向都保留一半以上。"),
+            _one("smallest"), limit=0.5, name="small-kept",
         ),
         Contrast(
             Words("A branch can cancel the identity: F(x) = -x passes no gradient.",
