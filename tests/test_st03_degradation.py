@@ -44,7 +44,7 @@ def test_a_training_that_diverged_counts_as_guessing():
 @pytest.mark.slow
 def test_the_residual_removed_flips_the_verdict(monkeypatch):
     """The real measure at two depths: supported, and refuted where the shortcut is missing."""
-    study = small(STUDY, factors={"depth": (8, 56), "rate": (0.1,), "length": (1,)}, steps=90)
+    study = small(STUDY, factors={"depth": (8, 56), "rate": (0.1,), "length": (1,)}, steps=120)
     assert concluded(study, study.measure)["verdict"] == "SUPPORTED"
     monkeypatch.setitem(module.WIRINGS, "residual", module.WIRINGS["plain"])
     assert concluded(study, study.measure)["verdict"] == "REFUTED"

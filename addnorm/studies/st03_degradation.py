@@ -20,6 +20,7 @@ from addnorm.studies.frame import (
 )
 
 DEPTHS = (8, 20, 32, 56)  # linear layers in pairs; an output layer follows
+FITTED = 0.01  # nats; below it one loss is not worse than another
 NETS = ("plain", "residual")
 WIRINGS = {"plain": "plain(act='relu')", "residual": "postact"}
 
@@ -52,8 +53,8 @@ def measure(cell: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _loss(rows: Rows, net: str, depth: int, length: int = 1) -> float:
-    """Return the training loss at the best of the rates, no less than 1e-4 nats."""
-    return max(rows.best("train", net=net, depth=depth, length=length), 1e-4)
+    """Return the training loss at the best of the rates, no less than what counts as fitted."""
+    return max(rows.best("train", net=net, depth=depth, length=length), FITTED)
 
 
 def _decades(rows: Rows, net: str, deep: int = 56, shallow: int = 8) -> float:
@@ -80,9 +81,9 @@ STUDY = Study(
         "Both networks of a depth have the same parameters, start and batches. The loss is that of all "
         "training images in evaluation mode, so overfitting cannot explain a rise; the "
         "statistics of BatchNorm are taken anew from them first. Three rates are tried for every network "
-        "and the lowest training loss counts.",
+        "and the lowest training loss counts; below 0.01 nats a network counts as fitted.",
         "同一深度的两种网络参数量、初始值与批次次序都相同。所报损失取自全部训练图像（评估模式，BatchNorm 统计量"
-        "先在训练集上重新计算），因此过拟合无法解释损失上升。每种网络试三种学习率，取训练损失最低者。",
+        "先在训练集上重新计算），因此过拟合无法解释损失上升。每种网络试三种学习率，取训练损失最低者；低于 0.01 nat 即视为已拟合。",
     ),
     lesson=Words(
         "Degradation is a failure to fit the training data. At this size it begins between 8 and 20 "
