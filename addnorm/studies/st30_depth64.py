@@ -1,0 +1,218 @@
+"""ST-30 Depth 64: which wirings of the catalogue train without warm-up, each at its own rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from addnorm.contract import catalogue, is_own
+from addnorm.studies import bench
+from addnorm.studies.frame import (
+    Contrast,
+    Metric,
+    Mode,
+    Plot,
+    Published,
+    Rows,
+    Study,
+    Words,
+)
+
+DEPTH = 64
+RATES = (1e-3, 3e-4, 3e-3, 1e-2)  # tried in this order until one trains
+FAIL = 0.2  # test error above which a training failed, as He et al. 2016 count
+GUESSING = 0.9
+POWER = {"constant", "sqrt", "linear"}  # laws over depth that are no faster than a power
+# What asks something of an attention has no place in an MLP.
+ENTRIES = {name: kind for name, kind in catalogue().items() if not (is_own(kind) or kind.asks)}
+LAWS = {
+    name: "power" if {kind.stream_law, kind.gradient_law} <= POWER else "exponential"
+    for name, kind in ENTRIES.items()
+}
+# The un-normalised sum with the small start of GPT-2, and pre-norm with the large one of Xavier.
+CONTROLS = {"residual/gpt2": "control", "prenorm/fairseq": "control"}
+NETS = LAWS | CONTROLS
+SHARE = Words("share of wirings", "接法占比")
+ERROR = Words("test error", "测试错误率")
+
+
+def measure(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """Train one deep MLP on digits at one rate after the other, until it trains."""
+    errors: dict[float, float] = {}
+    for rate in RATES:
+        errors[rate] = _error(cell["wiring"], cell["seed"], rate, cell["steps"])
+        if errors[rate] <= FAIL:
+            break
+    found = [error for error in errors.values() if not math.isnan(error)]
+    return {
+        "error": min(found, default=math.nan),
+        "first": errors[RATES[0]],
+        "rate": rate if errors[rate] <= FAIL else 0.0,
+    }
+
+
+def _error(wiring: str, seed: int, rate: float, steps: int) -> float:
+    """Return the test error after a training without warm-up; NaN where it diverged."""
+    spec, _, start = wiring.partition("/")
+    model = bench.mlp(seed, DEPTH, spec, branch_layers=2, start=start)
+    run = bench.trained(model, bench.digits(), seed, **bench.ADAM, lr=rate, steps=steps)
+    return 1 - run.evaluations[-1].accuracy if run.status == "finished" else math.nan
+
+
+def _share(rows: Rows, law: str) -> float:
+    """Return the share of the wirings of a law that train at one of the rates."""
+    errors = rows.only(law=law).column("error")
+    return sum(error <= FAIL for error in errors) / len(errors)
+
+
+def _of(rows: Rows, wiring: str, metric: str = "error") -> float:
+    return float(rows.only(wiring=wiring)[0][metric])
+
+
+STUDY = Study(
+    id="ST-30",
+    name="depth-64",
+    title=Words("The catalogue at depth 64", "深度 64 时的全部接法"),
+    question=Words(
+        "Which wirings train 64 connections deep without warm-up, and does the law of their stream and "
+        "gradient at the start tell which?",
+        "深达 64 个连接、不用预热时，哪些接法能训练？初始时残差流与梯度随深度的规律能否预示结果？",
+    ),
+    design=Words(
+        f"Each wiring of the catalogue joins {DEPTH} two-layer branches with ReLU, 64 wide, into an MLP, "
+        "which is trained on the digits of scikit-learn for about nine epochs of Adam without warm-up. The "
+        "catalogue states for each how stream and gradient go with depth at its start: level or by a power "
+        "of the depth, or exponentially. A wiring trains when its test error is below 20 % at one of four "
+        "rates, tried in the order 1e-3, 3e-4, 3e-3, 1e-2.",
+        f"目录中的每种接法各连接 {DEPTH} 个两层 ReLU 分支（宽 64），构成一个 MLP，在 scikit-learn 手写数字上用 Adam 训练约 9 "
+        "个周期，不预热。目录写明了每种接法初始时残差流与梯度随深度的规律：不变或按幂次变化，或按指数变化。依次尝试 1e-3、"
+        "3e-4、3e-3、1e-2 四档学习率，任意一档的测试错误率低于 20 %，即算能训练。",
+    ),
+    controls=Words(
+        "Same branches, batches and steps. Each wiring has the start that its paper asks for, which is "
+        "part of the scheme and of its law, so wiring and start are not told apart, except by two controls: "
+        "the plain sum x + F(x) with the small start of GPT-2, and pre-norm with Xavier's large one. The "
+        "laws were stated for a Transformer of 24 layers, before this study. hybridnorm, which asks for an "
+        "attention, is left out. Short trainings on small images: a wiring that fails here is slow or "
+        "fragile, not useless, and several were made for BatchNorm in the branch.",
+        "分支、批次与步数都相同。每种接法采用其论文要求的初始化；初始化是方案及其规律的一部分，因此接法与初始化的作用没有分开，"
+        "只有两个对照例外：x + F(x) 配 GPT-2 的小初始值，pre-norm 配 Xavier 的大初始值。这些规律是在本研究之前，针对 24 层 "
+        "Transformer 写下的。hybridnorm 需要注意力，未列入。训练短、图像小：在此失败只说明慢或脆弱，并非无用；其中几种接法"
+        "原是为分支内带 BatchNorm 的网络设计的。",
+    ),
+    lesson=Words("", ""),
+    claims=(),
+    factors={"law": ("power", "exponential", "control"), "wiring": tuple(NETS)},
+    skip=lambda cell: NETS[cell["wiring"]] != cell["law"],
+    measure=measure,
+    metrics={
+        "error": Metric(Words("smallest test error", "最小测试错误率"), failed=GUESSING),
+        "first": Metric(Words("test error at 1e-3", "学习率 1e-3 时的测试错误率"), failed=GUESSING),
+        "rate": Metric(Words("first rate that trains, 0 for none", "首个能训练的学习率，0 表示没有")),
+    },
+    primary=Contrast(
+        Words(
+            "Of the wirings whose law is a power or level, the share that trains is larger by more than a half "
+            "than of those whose law is exponential.",
+            "规律为幂次或不变的接法中，能训练的占比，比规律为指数的接法高出一半（50 个百分点）以上。",
+        ),
+        lambda rows: _share(rows, "power") - _share(rows, "exponential"),
+        limit=0.5,
+        unit=SHARE,
+    ),
+    secondary=(
+        Contrast(
+            Words(
+                "Of the wirings with a power or level law more than nine in ten train.",
+                "规律为幂次或不变的接法，九成以上能训练。",
+            ),
+            lambda rows: _share(rows, "power"),
+            limit=0.9, unit=SHARE, name="power-trains",
+        ),
+        Contrast(
+            Words(
+                "The plain sum x + F(x) does not train at any of the four rates.",
+                "x + F(x) 在四档学习率下都不能训练。",
+            ),
+            lambda rows: _of(rows, "residual"),
+            limit=FAIL, unit=ERROR, name="sum-fails",
+        ),
+        Contrast(
+            Words(
+                "With the small start of GPT-2 it does.",
+                "改用 GPT-2 的小初始值，它就能训练。",
+            ),
+            lambda rows: _of(rows, "residual/gpt2"),
+            limit=FAIL, rule="below", unit=ERROR, name="small-start",
+        ),
+        Contrast(
+            Words(
+                "At 1e-3 post-norm's test error is more than 30 points above pre-norm's.",
+                "学习率 1e-3 时，post-norm 的测试错误率比 pre-norm 高 30 个百分点以上。",
+            ),
+            lambda rows: _of(rows, "postnorm", "first") - _of(rows, "prenorm", "first"),
+            limit=0.3, unit=ERROR, name="post-norm",
+        ),
+        Contrast(
+            Words(
+                "At one of the four rates post-norm trains all the same.",
+                "但在四档学习率之一下，post-norm 仍能训练。",
+            ),
+            lambda rows: _of(rows, "postnorm"),
+            limit=FAIL, rule="below", unit=ERROR, name="post-norm-slower",
+        ),
+    ),
+    modes={
+        "quick": Mode(6, 2.5, {"wiring": (
+            "plain", "residual", "postact", "postnorm", "prenorm", "deepnorm", "rezero", "lns",
+            "layerscale", "highway", "constant-scaling", "linear-shortcut", "residual/gpt2",
+        )}, {"steps": 60}),
+        "default": Mode(8, 20, settings={"steps": 100}),
+        "long": Mode(8, 60, settings={"steps": 300}),
+    },
+    plots=(
+        Plot(
+            "dots", Words("Test error by the law at the start", "测试错误率与初始规律"),
+            x="law", y="error",
+            x_title=Words("law over depth", "随深度的规律"),
+            reference=FAIL, reference_title=Words("limit of failing", "失败界线"),
+        ),
+        Plot(
+            "dots", Words("Exponential at the start", "初始时按指数变化"),
+            x="wiring", y="error", only={"law": "exponential"},
+            reference=FAIL, reference_title=Words("limit of failing", "失败界线"),
+        ),
+        Plot(
+            "dots", Words("Level or a power at the start", "初始时不变或按幂次变化"),
+            x="wiring", y="error", only={"law": "power"},
+            reference=FAIL, reference_title=Words("limit of failing", "失败界线"),
+        ),
+        Plot(
+            "dots", Words("Controls", "对照"),
+            x="wiring", y="error", only={"law": "control"},
+            reference=FAIL, reference_title=Words("limit of failing", "失败界线"),
+        ),
+    ),
+    published=(
+        Published(
+            Words(
+                "CIFAR-10, 110 layers: a shortcut scaled by 0.5 beside a full branch, exclusive gating with a "
+                "bias of 0, and a shortcut with dropout of 0.5 exceed 20 % test error",
+                "CIFAR-10，110 层：捷径乘以 0.5（分支不变）、偏置为 0 的互斥门控、以 0.5 随机丢弃的捷径，测试错误率都超过 20 %",
+            ),
+            "fail",
+            "He et al. 2016 (arXiv:1603.05027), Table 1",
+        ),
+        Published(
+            Words(
+                "Post-norm of 18 encoder and 18 decoder layers does not train on IWSLT-14 without a good start or "
+                "warm-up",
+                "IWSLT-14 上，编码器与解码器各 18 层的 post-norm 没有合适的初始化或预热就不能训练",
+            ),
+            "text",
+            "Wang et al. 2022 (arXiv:2203.00555), section 3",
+        ),
+    ),
+    heavy=True,
+)  # fmt: skip
