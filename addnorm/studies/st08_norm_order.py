@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from addnorm.models.gpt import GPT
@@ -26,6 +25,7 @@ from addnorm.studies.frame import (
     Study,
     Words,
 )
+from addnorm.training.objective import cross_entropy
 
 CONTEXT = 32
 WIDE = 128  # width of the networks that are only looked at, at the start
@@ -69,15 +69,15 @@ def _start(seed: int, wiring: str) -> dict[str, Any]:
     for depth in DEPTHS:
         model = bench.gpt(seed, depth, wiring, CONTEXT, dim=WIDE, start=START)
         last.append(last_gradient(model, x, y))
-    deep = [(math.log(d), math.log(g)) for d, g in zip(DEPTHS, last, strict=True) if d >= DEEP]
+    depths, deep = np.array(DEPTHS), np.array(DEPTHS) >= DEEP
     model = bench.gpt(seed, LAYERS, wiring, CONTEXT, dim=WIDE, start=START)
     trace = xray(model.eval(), x, y)
-    F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+    torch.autograd.backward(cross_entropy(model(x), y))
     after = [c.stream_after**2 for c in trace.connections[1::2]]
     return {
         "depth": list(DEPTHS),
         "gradient": last,
-        "slope": np.polyfit(*zip(*deep, strict=True), 1)[0],
+        "slope": np.polyfit(np.log(depths[deep]), np.log(np.array(last)[deep]), 1)[0],
         "layer": list(range(1, LAYERS + 1)),
         "profile": [_gradient_norm(f) for f in _feedforwards(model)],
         "stream": after,
@@ -94,7 +94,7 @@ def _gradient_norm(branch: FeedForward) -> float:
     """Return the Frobenius norm of the gradient of the output matrix W2."""
     assert branch.out is not None
     assert branch.out.weight.grad is not None
-    return branch.out.weight.grad.norm().item()
+    return float(branch.out.weight.grad.norm())
 
 
 def last_gradient(model: GPT, x: Tensor, y: Tensor) -> float:
@@ -112,7 +112,7 @@ def last_gradient(model: GPT, x: Tensor, y: Tensor) -> float:
         seen.extend((inputs[0], output))
 
     handle = out.register_forward_hook(look)
-    F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="sum").backward()
+    torch.autograd.backward(cross_entropy(model(x), y) * y.numel())
     handle.remove()
     hidden, update = seen
     assert update.grad is not None

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from addnorm.models.layers import EmbeddingConfig
+from addnorm.models.layers import EmbeddingConfig, EmbeddingStart
 from addnorm.probe.vitals import xray
 from addnorm.studies import bench
 from addnorm.studies.frame import (
@@ -31,7 +31,10 @@ WIRINGS = {
     "neither": "plain",
     "rezero": "rezero",
 }
-STARTS = {0.1: "normal", 1.0: "torch"}  # standard deviation of the embeddings
+STARTS: dict[float, EmbeddingStart] = {
+    0.1: "normal",
+    1.0: "torch",
+}  # standard deviation of the embeddings
 UNIGRAM = 3.27  # nats: the built-in text, guessed by the frequency of its characters
 UNIFORM = math.log(103)  # nats: its characters, guessed as equally frequent
 NATS = Words("nats", "nat")

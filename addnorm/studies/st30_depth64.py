@@ -57,12 +57,13 @@ def _error(wiring: str, seed: int, rate: float, steps: int) -> float:
     spec, _, start = wiring.partition("/")
     model = bench.mlp(seed, DEPTH, spec, branch_layers=2, start=start)
     run = bench.trained(model, bench.digits(), seed, **bench.ADAM, lr=rate, steps=steps)
-    return 1 - run.evaluations[-1].accuracy if run.status == "finished" else math.nan
+    last = run.evaluations[-1]
+    return 1 - last.accuracy if run.status == "finished" else math.nan
 
 
 def _share(rows: Rows, law: str) -> float:
     """Return the share of the wirings of a law that train at one of the rates."""
-    errors = rows.only(law=law).column("error")
+    errors: list[float] = rows.only(law=law).column("error")
     return sum(error <= FAIL for error in errors) / len(errors)
 
 
