@@ -46,7 +46,7 @@ def made_up(**found):
     [
         ({"others": 0.1}, "primary", "2.5"),
         ({"axes": 0.1}, "axes", "2.16"),
-        ({"size_effect": 1.0}, "data-size", "2.17"),
+        ({"size_effect": 1.0}, "data-size", None),
         ({"neurons": 0.0}, "mixes-neurons", "4.9"),
         ({"skew": 0.0}, "skewed", "4.10"),
         ({"parameters": -14}, "vectors", "4.11"),
@@ -55,7 +55,7 @@ def made_up(**found):
         ({"lost": 0.0}, "loses", "4.15"),
         ({"skew_change": 0.1}, "shape-kept", None),
         ({"lone": 0.0}, "printed-one", None),
-        ({"noise": [0.3] * 7}, "small-batch", None),
+        ({"noise": [0.3] * 7}, "small-batch", "2.17"),
     ],
 )
 def test_every_statement_can_be_refuted(wrong, contrast, claim):
@@ -96,8 +96,8 @@ def test_batch_norm_in_its_place_flips_the_claims(monkeypatch):
     found = verdicts(concluded(study, study.measure))
     claims = {name: found[name] for name in ("2.5", "4.9", "2.16", "4.14", "4.15")}
     assert claims == {
-        "2.5": "SUPPORTED",
-        "4.9": "SUPPORTED",
+        "2.5": "INCONCLUSIVE",
+        "4.9": "INCONCLUSIVE",
         "2.16": "REFUTED",
         "4.14": "REFUTED",
         "4.15": "REFUTED",
@@ -108,4 +108,4 @@ def test_the_right_variance_flips_the_claim_of_the_printed_module(monkeypatch):
     monkeypatch.setitem(module.NORMS, "printed", nn.LayerNorm)
     study = small(STUDY, seeds=6, factors={"width": (2, 64)})
     found = verdicts(concluded(study, study.measure))
-    assert (found["4.12"], found["printed-one"]) == ("SUPPORTED", "REFUTED")
+    assert (found["4.12"], found["printed-one"]) == ("INCONCLUSIVE", "REFUTED")

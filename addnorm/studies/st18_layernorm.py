@@ -201,8 +201,8 @@ STUDY = Study(
             "LayerNorm 作用于单个样本的各特征，BatchNorm 作用于一批样本。",
         ), by="axes"),
         Claim("2.17", "002", 149, Words(
-            "It is on large data sets that BatchNorm does well.", "BatchNorm 适合大数据集。",
-        ), by="data-size", stands=False),
+            "BatchNorm can be unstable where the batch is small.", "批次小时 BatchNorm 可能不稳定。",
+        ), by="small-batch"),
         Claim("4.9", "004", 62, Words(
             "LayerNorm takes mean and variance for each neuron's input.",
             "LayerNorm 对每个神经元的输入求均值和方差。",
