@@ -160,7 +160,7 @@ STUDY = Study(
         "Adam until the running loss is below 0.2 nats, at most 300, at the best of three rates. At "
         "128 branches, six of the ten.",
         "32 与 128 个分支 relu(W x + b) 组成的网络，宽 64，He 初始化，数据为 scikit-learn 手写数字：无捷径（不加"
-        "归一化、LayerNorm 在 W 之前、在 W 之后）；只有捷径；后归一化；前归一化；分支乘固定系数 1/√L 或 1/L；可学习系数，"
+        "归一化、LayerNorm 在 W 之前、在 W 之后）；只有捷径；post-norm；pre-norm；分支乘固定系数 1/√L 或 1/L；可学习系数，"
         "从 1/√L 开始（SkipInit 的做法）或从 0 开始（ReZero）。统计 Adam 使滑动平均损失降到 0.2 nat 以下所需的步数"
         "（至多 300 步），取三种学习率中最好的。128 个分支时只比较其中六种。",
     ),
@@ -172,15 +172,14 @@ STUDY = Study(
         "因此它的慢只会被低估。起始时的残差流与梯度由 X 光检查测得。",
     ),
     lesson=Words(
-        "A shortcut alone is not enough. At 32 layers the stream grows ten-million-fold and training is "
-        "about as slow as without a shortcut; at 128 the first loss is not finite. A norm in the branch, "
-        "a factor of 1/L or 1/√L, or a factor that starts at zero all train both depths in a few dozen "
-        "steps. A norm without a shortcut helps nothing: in front of each layer it makes gradients "
-        "explode that were level without it. At 32 layers the shortcut alone does get there with a "
-        "large rate, which a smaller pilot had denied.",
-        "只有捷径是不够的：32 层时残差流增大上千万倍，训练和没有捷径时差不多慢；128 层时第一个损失就不是有限数。分支内加归一化、"
-        "乘 1/L 或 1/√L、或乘从零开始的系数，两种深度都能在几十步内训练好。没有捷径的归一化没有帮助：加在每层之前，反而让原本平稳的"
-        "梯度爆炸。32 层时，只有捷径的网络用较大的学习率也能达到目标，而较小规模的预试验曾认为不能。",
+        "What the shortcut adds must be kept small. Alone it makes the stream grow millions of times over "
+        "32 layers, and at 128 the first loss need not be finite; whether Adam still finds its way at 32 "
+        "is a matter of the rate. A norm in the branch, a factor of 1/L or 1/√L, or one that starts at "
+        "zero keeps the start level. A norm without a shortcut is no cure: in front of each layer it "
+        "makes gradients grow that were level without it.",
+        "捷径上加进来的东西必须足够小。只有捷径时，残差流在 32 层内增大数百万倍，到 128 层，第一个损失就可能不再是有限数；"
+        "32 层时 Adam 能否应付，取决于学习率。在分支内加归一化、乘 1/L 或 1/√L，或乘从零开始的系数，都能使起点保持平稳。"
+        "没有捷径的归一化并不能治本：加在每层之前，反而使原本平稳的梯度逐层增大。",
     ),
     claims=(
         Claim("1.42", "001", 280, Words(
@@ -191,8 +190,8 @@ STUDY = Study(
             "The shortcut prevents vanishing and exploding.", "捷径能避免梯度消失和爆炸。",
         ), by="explodes", stands=False),
         Claim("4.8", "004", 52, Words(
-            "Layer normalisation cures vanishing and exploding gradients.",
-            "层归一化能解决梯度消失和梯度爆炸。",
+            "Layer normalisation cures vanishing and exploding gradients, wherever it stands.",
+            "层归一化能解决梯度消失和梯度爆炸，无论放在哪里。",
         ), by="norm-explodes", stands=False),
     ),
     factors={"net": tuple(NETS), "depth": (SHALLOW, 128), "rate": RATES},
@@ -241,7 +240,7 @@ STUDY = Study(
         Contrast(
             Words("A fixed factor of 1/√L or 1/L does without a norm: less than twice the steps of "
                   "pre-norm.",
-                  "固定系数 1/√L 或 1/L 可以代替归一化：所需步数不到前归一化的两倍。"),
+                  "固定系数 1/√L 或 1/L 可以代替归一化：所需步数不到 pre-norm 的两倍。"),
             _factor, limit=1.0, rule="below", unit=DOUBLINGS, name="factor-is-enough",
         ),
         Contrast(
