@@ -39,11 +39,11 @@ def test_it_can_say_both():
     found = verdicts(concluded(STUDY, made_up({"post-norm": FALLING[::-1], "LNS": [0.1] * 12})))
     assert (found["primary"], found["pre-falls"], found["post-rises"]) == ("SUPPORTED",) * 3
     assert (found["lns-cures"], found["stirred"], found["not-identity"]) == ("SUPPORTED",) * 3
-    assert (found["0.12"], found["1.20"]) == ("REFUTED", "REFUTED")
+    assert found["1.20"] == "REFUTED"
     found = verdicts(concluded(STUDY, made_up({"pre-norm": FALLING[::-1]}, together=0.01)))
     assert (found["primary"], found["pre-falls"], found["post-rises"]) == ("REFUTED",) * 3
     assert (found["stirred"], found["not-identity"]) == ("REFUTED", "REFUTED")
-    assert (found["0.12"], found["1.20"]) == ("SUPPORTED", "SUPPORTED")
+    assert found["1.20"] == "INCONCLUSIVE"
 
 
 @pytest.mark.parametrize(("lns", "verdict"), [(2.0, "SUPPORTED"), (2.8, "REFUTED")])
