@@ -592,7 +592,7 @@ STUDY = Study(
         Claim("1.32", "001", 198, Words(
             "A pre-norm layer has two additions, one around norm and attention, one around norm and "
             "feed-forward.",
-            "前置归一化的一层有两个加法，分别绕过归一化加注意力、归一化加前馈。",
+            "pre-norm 的一层有两个加法，分别绕过归一化加注意力、归一化加前馈。",
         ), by="prenorm-drawing"),
         Claim("2.3", "002", 27, Words(
             "A Transformer block adds its input once, after attention, feed-forward and norm, and puts an "
@@ -683,7 +683,7 @@ STUDY = Study(
                "文档 001 的函数通过全部检查，与接法 residual 相同。", FAILED),
         _exact("prenorm-drawing", _failed("001 prenorm-drawing"),
                "The pre-norm layer as drawn passes every check and equals the wiring `prenorm`.",
-               "照图计算的前置归一化层通过全部检查，与接法 prenorm 相同。", FAILED),
+               "照图计算的 pre-norm 层通过全部检查，与接法 prenorm 相同。", FAILED),
         _exact("one-skip", _missed("002 one-skip"),
                "With silent branches the block as described does not return its input.",
                "分支输出零时，按所述结构的块不返回它的输入。", MISSED),

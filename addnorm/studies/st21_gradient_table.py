@@ -226,9 +226,14 @@ STUDY = Study(
             "没有捷径时，梯度从末层到首层逐层变小。",
         ), by="falls"),
         Claim("3.6", "003", 143, Words(
-            "The first layer's gradient rises from 0.0002 to 0.22 because shortcuts keep it from vanishing.",
-            "首层梯度从 0.0002 升到 0.22，是因为捷径防止了梯度消失。",
+            "The rise of the first layer's gradient from 0.0002 to 0.22 is all what shortcuts do against "
+            "vanishing.",
+            "首层梯度从 0.0002 升到 0.22，全是捷径防止梯度消失的效果。",
         ), by="last-too", stands=False),
+        Claim("3.6b", "003", 143, Words(
+            "Shortcuts keep the first layer's gradient from vanishing beside the last one's.",
+            "捷径使首层梯度相对末层不致消失。",
+        )),
         Claim("3.7", "003", 143, Words(
             "With shortcuts the gradient is steady from layer to layer.", "有捷径时各层梯度平稳。",
         ), by="level"),

@@ -97,7 +97,16 @@ STUDY = Study(
         "同一深度的两种网络参数量、初始值与批次次序都相同，每个卷积之后都有批归一化。所报损失取自全部训练图像（评估"
         "模式），过拟合无法解释损失上升。低于 0.01 的损失按 0.01 计，此时训练图像已全部分对。图像很小：最后一个阶段只有 2x2 像素。",
     ),
-    lesson=Words("", ""),
+    lesson=Words(
+        "Degradation is read off the training loss, each network at its better rate, and against a "
+        "level below which every image is fitted anyway: a ratio of two tiny losses says nothing. The "
+        "convolutional networks on tiny images are the nearest that a CPU trains to the experiment "
+        "that the documents tell; the linear ones (ST-03) are the cheaper form of the same "
+        "comparison.",
+        "退化要看训练损失：每种网络取较好的学习率，并设一个界，低于它时所有图像都已拟合，两个极小损失之比没有"
+        "意义。在 CPU 上能训练的规模内，这组小图像上的卷积网络最接近各文档所讲的实验；全连接网络（ST-"
+        "03）是同一比较的廉价形式。",
+    ),
     claims=(
         Claim("1.3", "001", 9, Words(
             "Residual connections remove the degradation of deep networks.",

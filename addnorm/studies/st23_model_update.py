@@ -105,15 +105,15 @@ STUDY = Study(
     question=Words(
         "Does one optimiser step move the output of a post-norm network further the deeper it is, and "
         "does DeepNorm stop that?",
-        "后置归一化的网络越深，一步优化使输出移动得越远吗？DeepNorm 能阻止吗？",
+        "post-norm 的网络越深，一步优化使输出移动得越远吗？DeepNorm 能阻止吗？",
     ),
     design=Words(
         "Character GPTs of 6 to 96 layers, 64 wide, hidden width 128, two heads (the tiny networks of "
         "Wang et al. 2022), with post-norm, DeepNorm and pre-norm, take one step on one batch, with SGD "
         "and with Adam. Measured is how far the hidden state in front of the head has moved on other "
         "text, ‖F(x, θ₁) - F(x, θ₀)‖ as RMS over its entries, divided by the rate.",
-        "字符 GPT，6 至 96 层，宽 64，前馈宽 128，两个头（即 Wang 等 2022 的小网络），接法为后置归一化、DeepNorm "
-        "和前置归一化，各用 SGD 和 Adam 在一个批次上走一步。测量输出层之前的隐状态在另一段文本上移动了多远："
+        "字符 GPT，6 至 96 层，宽 64，前馈宽 128，两个头（即 Wang 等 2022 的小网络），接法为 post-norm、DeepNorm "
+        "和 pre-norm，各用 SGD 和 Adam 在一个批次上走一步。测量输出层之前的隐状态在另一段文本上移动了多远："
         "‖F(x, θ₁) - F(x, θ₀)‖ 各分量的均方根，再除以学习率。",
     ),
     controls=Words(
@@ -125,7 +125,14 @@ STUDY = Study(
         "方法本身。步长很小，输出的移动与学习率成正比。Adam 的第一步使每个参数都移动一个学习率，与梯度大小无关，因此"
         "在 Adam 下增长不会来自更大的梯度。",
     ),
-    lesson=Words("", ""),
+    lesson=Words(
+        "How far a step moves the output is another quantity than the gradient: it adds up over the "
+        "layers even where no gradient grows. DeepNorm's factors on skip and branch are there to make it "
+        "smaller. Smaller is not constant: look at the slope of a line, which the secondary statements "
+        "hold against a factor of two, and not at its height alone.",
+        "一步使输出移动多远，与梯度大小不是一回事：即使梯度并不增大，移动量也会逐层累加。DeepNorm 在捷径和分支上的"
+        "系数就是为了使它更小。更小不等于不变：要看曲线的斜率（次要结论以两倍为界来检验），而不只看高低。",
+    ),
     claims=(),
     factors={"wiring": tuple(WIRINGS), "depth": DEPTHS, "optimizer": ("Adam", "SGD")},
     measure=measure,
@@ -137,7 +144,7 @@ STUDY = Study(
         Words(
             "From 6 to 96 layers the update of post-norm grows at least twice as much as that of DeepNorm "
             "(one step of Adam).",
-            "从 6 层到 96 层，后置归一化的模型更新的增长倍数至少是 DeepNorm 的两倍（Adam 一步）。",
+            "从 6 层到 96 层，post-norm 的模型更新的增长倍数至少是 DeepNorm 的两倍（Adam 一步）。",
         ),
         lambda rows: _growth(rows, "post-norm", "Adam") - _growth(rows, "DeepNorm", "Adam"),
         limit=math.log10(2),
@@ -155,17 +162,17 @@ STUDY = Study(
         ),
         Contrast(
             Words("In the deepest network DeepNorm's update is at least ten times smaller than post-norm's.",
-                  "在最深的网络里，DeepNorm 的模型更新至少比后置归一化小十倍。"),
+                  "在最深的网络里，DeepNorm 的模型更新至少比 post-norm 小十倍。"),
             _deepest("post-norm", "DeepNorm", "Adam"), limit=1, unit=DECADES, name="smaller",
         ),
         Contrast(
             Words("Pre-norm's update there is at least twice as small as post-norm's.",
-                  "此时前置归一化的模型更新至多是后置归一化的一半。"),
+                  "此时 pre-norm 的模型更新至多是 post-norm 的一半。"),
             _deepest("post-norm", "pre-norm", "Adam"), limit=math.log10(2), unit=DECADES, name="pre-smaller",
         ),
         Contrast(
             Words("The length of post-norm's whole gradient stays within a factor of two.",
-                  "后置归一化的总梯度范数变化不到一倍。"),
+                  "post-norm 的总梯度范数变化不到一倍。"),
             _grows("post-norm", "SGD", "gradient"), limit=math.log10(2), rule="within", unit=DECADES,
             name="no-explosion",
         ),
@@ -186,7 +193,7 @@ STUDY = Study(
         Published(
             Words("update of tiny networks of 6 to 100 layers early in training: DeepNorm's much smaller "
                   "and nearly constant, post-norm's growing",
-                  "6 至 100 层小网络训练早期的模型更新：DeepNorm 小得多且几乎不变，后置归一化不断增长"),
+                  "6 至 100 层小网络训练早期的模型更新：DeepNorm 小得多且几乎不变，post-norm 不断增长"),
             "figure only",
             "Wang et al. 2022 (arXiv:2203.00555), figure 5",
         ),
