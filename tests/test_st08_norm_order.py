@@ -10,6 +10,7 @@ from study_rows import concluded, small, verdicts
 
 from addnorm.studies import bench
 from addnorm.studies import st08_norm_order as module
+from addnorm.training.run import Evaluation
 
 STUDY = module.STUDY
 
@@ -26,7 +27,10 @@ def made_up(pre=-0.5, post=0.0, cold=3.27, low=2.75):
             "slope": (pre if is_pre else post) + wobble,
             "profile": [0.4, 0.1] if is_pre else [0.2, 0.4],
             "growth": 0.9 + wobble,
-            "loss": wobble + ((cold if cell["rate"] == module.RATE else low) if fails else loss),
+            **dict.fromkeys(
+                ("loss", "train"),
+                wobble + ((cold if cell["rate"] == module.RATE else low) if fails else loss),
+            ),
             **{key: [1.0] for key in ("curve", "step", "depth", "gradient", "layer", "stream")},
             "alike": 0.9,
         }
@@ -47,6 +51,40 @@ def test_a_training_that_diverged_counts_as_guessing():
     result = concluded(STUDY, made_up(cold=math.nan))
     assert result["failed"] == STUDY.mode("default").seeds
     assert verdicts(result)["warm-up"] == "SUPPORTED"
+
+
+def test_the_training_loss_picks_the_rate():
+    """The low rate has the lower validation loss, the high one the lower training loss."""
+
+    def metrics(cell):
+        return made_up()(cell) | {"train": 1 - cell["rate"]}
+
+    assert verdicts(concluded(STUDY, metrics))["lower-rate"] == "REFUTED"
+
+
+def test_quick_mode_can_answer_the_secondary_claims():
+    """Six p-values after Holm's correction: the smallest of eight seeds, 2/2^8, times six."""
+    assert STUDY.mode("quick").seeds >= 8
+    quick = small(STUDY, seeds=STUDY.mode("quick").seeds)
+    assert set(verdicts(concluded(quick, made_up())).values()) == {"SUPPORTED"}
+
+
+@pytest.mark.parametrize(
+    ("status", "loss", "expected"),
+    [("finished", 2.5, 2.5), ("finished", 9.0, module.UNIFORM), ("diverged", 9.0, math.nan)],
+)
+def test_no_training_counts_as_worse_than_guessing(monkeypatch, status, loss, expected):
+    def trained(model, data, seed, **settings):
+        seen = [Evaluation(40, loss, 1.0)]
+        run = bench.Run(model, data, bench.TrainConfig(**settings), None, evaluations=seen)
+        run.losses, run.status = [loss] * 40, status
+        return run
+
+    monkeypatch.setattr(bench, "trained", trained)
+    monkeypatch.setattr(module, "_start", lambda seed, wiring: {})
+    found = module.measure({"norm": "pre", "warmup": 0.0, "rate": 1e-3, "steps": 40, "seed": 0})
+    assert found["loss"] == pytest.approx(expected, nan_ok=True)
+    assert found["train"] == pytest.approx(expected, nan_ok=True)
 
 
 def test_the_gradient_of_one_position_is_autograds():

@@ -22,7 +22,7 @@ def made_up(deep=0.9, shallow=0.05, far=0.0, norm=0.15):
         loss = {"v6": v7 + gain, "v7": v7, "v8": v7, "v9": v7 - norm}
         by = [loss[cell["net"]] + (far * t if cell["net"] == "v6" else 0) for t in range(8)]
         return {
-            "loss": loss[cell["net"]],
+            **dict.fromkeys(("loss", "train"), loss[cell["net"]]),
             "position": by,
             "parameters": 100,
             **{key: [1.0] for key in ("curve", "step", "seen")},
@@ -33,16 +33,49 @@ def made_up(deep=0.9, shallow=0.05, far=0.0, norm=0.15):
 
 def test_it_can_say_both():
     found = verdicts(concluded(STUDY, made_up()))
-    assert found.pop("0.10") == "REFUTED"
+    assert {found.pop(k) for k in ("range", "0.10")} == {"REFUTED"}
     assert set(found.values()) == {"SUPPORTED"}
     found = verdicts(concluded(STUDY, made_up(deep=0.0, shallow=0.4, far=0.2, norm=-0.1)))
-    assert found.pop("0.10") == "SUPPORTED"
+    assert {found.pop(k) for k in ("range", "0.10")} == {"SUPPORTED"}
     assert set(found.values()) == {"REFUTED"}
+
+
+def test_a_gain_that_falls_with_the_distance_is_no_support():
+    found = verdicts(concluded(STUDY, made_up(far=-0.2)))
+    assert (found["range"], found["0.10"]) == ("REFUTED", "REFUTED")
+
+
+def test_the_training_loss_picks_the_rate():
+    """The skip gains at the rate with the higher training loss only, which does not count."""
+
+    def metrics(cell):
+        known = made_up()(cell)
+        low = cell["rate"] < 1e-2 and cell["net"] == "v6"
+        return known | {"train": known["train"] - 2 * low, "loss": known["loss"] - 0.9 * low}
+
+    assert concluded(STUDY, metrics)["verdict"] == "REFUTED"
+
+
+def test_quick_mode_can_answer_the_secondary_claims():
+    """Six p-values after Holm's correction: the smallest of eight seeds, 2/2^8, times six."""
+    quick = small(STUDY, seeds=STUDY.mode("quick").seeds)
+    found = verdicts(concluded(quick, made_up(far=0.2)))
+    assert set(found.values()) == {"SUPPORTED"}
+
+
+def test_positions_of_a_network_that_diverged_count_as_guessing(monkeypatch):
+    monkeypatch.setattr(module, "position_losses", lambda model: [2.0, 9.0, math.nan])
+    cell = {"net": "v6", "depth": 1, "rate": 1e-2, "steps": 1, "seed": 0}
+    assert module.measure(cell)["position"] == [2.0, module.UNIFORM, module.UNIFORM]
 
 
 def test_a_training_that_diverged_counts_as_guessing():
     def metrics(cell):
-        lost = {"loss": math.nan} if (cell["net"], cell["rate"]) == ("v6", 1e-2) else {}
+        lost = (
+            {"loss": math.nan, "train": math.nan}
+            if (cell["net"], cell["rate"]) == ("v6", 1e-2)
+            else {}
+        )
         return made_up()(cell) | lost
 
     result = concluded(STUDY, metrics)

@@ -55,8 +55,10 @@ def measure(cell: Mapping[str, Any]) -> dict[str, Any]:
         **settings | {"lr": cell["rate"], "steps": steps, "warmup": warmup},
     )
     shown = range(0, steps - steps % 10, 10)
+    finished = run.status == "finished"
     return found | {
-        "loss": run.validation,
+        "loss": min(run.validation, UNIFORM) if finished else math.nan,
+        "train": min(run.training_loss, UNIFORM) if finished else math.nan,
         "curve": [float(np.mean(run.losses[i : i + 10])) for i in shown],
         "step": [i + 5 for i in shown],
     }
@@ -128,6 +130,11 @@ def _loss(rows: Rows, norm: str, warmup: float) -> float:
     return float(rows.value("loss", norm=norm, warmup=warmup, rate=RATE))
 
 
+def _best(rows: Rows, norm: str, warmup: float) -> float:
+    """Return the validation loss at the rate with the lowest training loss."""
+    return float(min(rows.only(norm=norm, warmup=warmup), key=lambda row: row["train"])["loss"])
+
+
 def _interaction(rows: Rows) -> float:
     """Return by how much more warm-up lowers post-norm's loss than pre-norm's, in nats."""
     post, pre = (_loss(rows, n, 0.0) - _loss(rows, n, 0.5) for n in ("post", "pre"))
@@ -155,7 +162,7 @@ STUDY = Study(
         f"2020, its slope over the depth from {DEEP} layers on, the gradient by layer, and the growth of "
         f"the stream. Then {LAYERS} layers, 64 wide, are trained with Adam, without warm-up and with "
         "warm-up over half of the steps.",
-        f"字符级 GPT，归一化放在每个分支之前（pre-norm）或每次相加之后（post-norm）。初始时（宽 {WIDE}，深 2 至 "
+        f"字符级 GPT，归一化放在每个分支之前（pre-norm，pre-norm）或每次相加之后（post-norm，post-norm）。初始时（宽 {WIDE}，深 2 至 "
         "32 层）测量最后一个前馈层输出矩阵对单个位置损失的梯度（与 Xiong 等 2020 的定理相同）、"
         f"它从 {DEEP} 层起随深度的斜率、各层的梯度以及残差流的增长。再用 Adam 训练 {LAYERS} 层、宽 64 的模型：不预热，"
         "或用一半步数预热。",
@@ -164,21 +171,30 @@ STUDY = Study(
         "Both have the same branches, start and batches, and Xavier's start, the one of the theorem "
         "(fairseq's form of it). With GPT-2's start, whose branches are small, post-norm mostly trains "
         "without warm-up too. Post-norm is also trained at a third of the rate, since a lower rate is the "
-        "other cure. After warm-up the rate is constant, so that the trainings differ in nothing else.",
+        "other cure; where the better of the two rates counts, it is the one with the lower training loss. "
+        "After warm-up the rate is constant, so that the trainings differ in nothing else. A loss above "
+        "that of uniform guessing counts as that, and so does a training that diverges.",
         "两者的分支、初始值与批次都相同，采用定理所用的 Xavier 初始化（fairseq 的形式）。若用 GPT-2 的初始化，"
-        "分支很小，post-norm 不预热大多也能训练。降低学习率是另一种办法，因此 post-norm 另以三分之一的学习率训练。"
-        "预热之后学习率保持不变，各次训练别无差异。",
+        "分支很小，post-norm 不预热大多也能训练。降低学习率是另一种办法，因此 post-norm 另以三分之一的学习率训练；"
+        "凡取较好的学习率，均指训练损失较低者。预热之后学习率保持不变，各次训练别无差异。损失高于均匀猜测的，"
+        "以及发散的训练，一律按均匀猜测计。",
     ),
-    lesson=Words("", ""),
+    lesson=Words(
+        "The place of the norm is judged in two ways that need not agree: by the gradient at the start, "
+        "which theory predicts, and by training with and without warm-up. Read the second together with "
+        "the rate: warm-up is one cure for a post-norm network that is stuck, a lower rate may be another.",
+        "归一化位置的影响从两方面判断，二者未必一致：一是初始时的梯度，理论对此有预测；二是预热与不预热的训练结果。"
+        "看后者时须同时看学习率：post-norm 网络卡住时，预热是一种办法，降低学习率也可能是一种。",
+    ),
     claims=(
         Claim("1.33", "001", 228, Words(
             "Whether the norm stands before the branch or after the addition matters much for stability; "
             "before it, training is more stable.",
-            "归一化放在分支之前还是加法之后，对训练稳定性影响显著；放在前面更稳定。",
+            "归一化在分支之前还是在加法之后，很影响训练是否稳定；放在前面更稳定。",
         ), by="warm-up"),
         Claim("1.35", "001", 245, Words(
             "Post-norm puts norms on the gradient's path, which changes its scale.",
-            "Post-norm 在梯度路径上加入归一化，从而影响梯度尺度。",
+            "post-norm 的梯度须经过归一化，梯度的尺度因此改变。",
         )),
     ),
     factors={"norm": ("pre", "post"), "warmup": (0.0, 0.5), "rate": (3e-4, RATE)},
@@ -186,6 +202,8 @@ STUDY = Study(
     measure=measure,
     metrics={
         "loss": Metric(Words("validation loss", "验证损失"), NATS, UNIFORM),
+        "train": Metric(Words("training loss, last tenth of the steps", "最后十分之一步数的训练损失"),
+                        NATS, UNIFORM),
         "curve": Metric(Words("training loss", "训练损失"), NATS),
         "step": Metric(Words("step", "步数")),
         "depth": Metric(Words("layers", "层数")),
@@ -250,15 +268,12 @@ STUDY = Study(
                 "post-norm with it.",
                 "各取较好的学习率时，post-norm 不预热的损失比预热时高不到 0.15 nat。",
             ),
-            lambda rows: (
-                rows.best("loss", norm="post", warmup=0.0)
-                - rows.best("loss", norm="post", warmup=0.5)
-            ),
+            lambda rows: _best(rows, "post", 0.0) - _best(rows, "post", 0.5),
             limit=0.15, rule="below", unit=NATS, name="lower-rate",
         ),
     ),
     modes={
-        "quick": Mode(6, 2.2, settings={"steps": 200}),
+        "quick": Mode(8, 2.2, settings={"steps": 120}),
         "default": Mode(8, 4.5, settings={"steps": 300}),
         "long": Mode(8, 25, {"rate": (3e-4, RATE, 3e-3)}, {"steps": 1000}),
     },

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from addnorm.models.layers import EmbeddingConfig, EmbeddingStart
 from addnorm.probe.vitals import xray
@@ -35,6 +36,7 @@ STARTS: dict[float, EmbeddingStart] = {
     0.1: "normal",
     1.0: "torch",
 }  # standard deviation of the embeddings
+FAINTEST = math.sqrt(torch.finfo(torch.float32).tiny)  # an RMS below has squares that underflow
 UNIGRAM = 3.27  # nats: the built-in text, guessed by the frequency of its characters
 UNIFORM = math.log(103)  # nats: its characters, guessed as equally frequent
 NATS = Words("nats", "nat")
@@ -63,20 +65,32 @@ def measure(cell: Mapping[str, Any]) -> dict[str, Any]:
         steps=steps,
     )
     shown = range(0, len(run.losses) - len(run.losses) % 10, 10)
+    finished = run.status == "finished"
     return {
-        "loss": min(run.validation, UNIFORM) if run.status == "finished" else math.nan,
+        "loss": min(run.validation, UNIFORM) if finished else math.nan,
+        "train": min(run.training_loss, UNIFORM) if finished else math.nan,
         "curve": [float(np.mean(run.losses[i : i + 10])) for i in shown],
         "step": [i + 5 for i in shown],
         "layer": list(range(LAYERS + 1)),
         "gradient": gradients,
         "stream": [c.stream_before for c in layers[:-1]] + [layers[-1].stream_after],
-        "fades": math.log10(gradients[-1] / gradients[0]),
+        "fades": fading(gradients),
         "alike": trace.token_similarity,
     }
 
 
+def fading(gradients: Sequence[float]) -> float:
+    """Return by how many powers of ten an RMS shrinks on its way from the last layer to the first.
+
+    What underflows in float32 counts as the smallest RMS that does not: then it shrinks by more.
+    """
+    first, last = (max(g, FAINTEST) for g in (gradients[0], gradients[-1]))
+    return math.log10(last / first)
+
+
 def _best(rows: Rows, net: str) -> float:
-    return rows.best("loss", net=net)
+    """Return the validation loss in the setting with the lowest training loss."""
+    return float(min(rows.only(net=net), key=lambda row: row["train"])["loss"])
 
 
 def _worst(rows: Rows, net: str) -> float:
@@ -100,37 +114,51 @@ STUDY = Study(
     ),
     design=Words(
         f"Character GPTs of {LAYERS} layers, 64 wide: with both (pre-norm), with the skip alone, with the "
-        "norm alone in front of each branch, with neither, and ReZero, which has no norm but a gate per "
-        "branch that starts at 0. Each is X-rayed at the start and trained with Adam, without warm-up, "
+        "norm alone in front of each branch, with neither, and ReZero, which has no norm but a learned "
+        "factor per branch that starts at 0. Each is X-rayed at the start and trained with Adam, without warm-up, "
         "from embeddings of standard deviation 0.1 and of 1 (PyTorch's default) and at two rates ten times "
-        "apart: four settings.",
-        f"{LAYERS} 层、宽 64 的字符级 GPT：两者都有（pre-norm）、仅捷径、仅归一化（在每个分支之前）、两者皆无，以及 ReZero"
-        "（无归一化，每个分支有一个从 0 开始的门）。先对初始模型做 X 光测量，再用 Adam 训练（不预热）；词嵌入的标准差取 0.1 "
-        "或 1（PyTorch 默认值），学习率取相差十倍的两档，共四种设置。",
+        "apart: four settings. The one with neither starts from embeddings of 1 only.",
+        f"{LAYERS} 层、宽 64 的字符级 GPT：两者都有（pre-norm，pre-norm）、仅捷径、仅归一化（在每个分支之前）、两者皆无，以及 "
+        "ReZero（无归一化，每个分支乘一个从 0 开始的可学习系数）。先对初始模型做 X 光测量，再用 Adam 训练（不预热）；词嵌入的标准差取 0.1 "
+        "或 1（PyTorch 默认值），学习率取相差十倍的两档，共四种设置；两者皆无的模型只取标准差 1。",
     ),
     controls=Words(
         "All have the same branches with Xavier's start, the same batches and steps; gradients are clipped "
         "in all. A small start of the branches, as GPT-2 has it, would stand in for a norm and is not used. "
-        "A loss above that of uniform guessing counts as that, and so does a training that overflows.",
+        "A loss above that of uniform guessing counts as that, and so does a training that overflows. The best "
+        "setting of a network is the one with the lowest training loss.",
         "各组的分支（Xavier 初始化）、批次与步数都相同，梯度一律裁剪。GPT-2 那样的小初始值会起到归一化的作用，故不采用。"
-        "损失高于均匀猜测的，以及溢出的训练，一律按均匀猜测计。",
+        "损失高于均匀猜测的，以及溢出的训练，一律按均匀猜测计。所谓最佳设置，指训练损失最低者。",
     ),
-    lesson=Words("", ""),
+    lesson=Words(
+        "What one part does alone depends on how large the embeddings and the rate are, so read the best "
+        "and the worst setting apart: a part that is not needed in the best one may still be what makes "
+        "training safe in the others. Whether a gradient arrives and whether the network trains are two questions.",
+        "单独一个部件够不够，取决于词嵌入的大小与学习率，因此最佳设置与最差设置要分开看：最佳设置下不需要的部件，"
+        "在其他设置下也许正是训练得以稳妥的原因。梯度能否传到前面的层，与网络能否训练好，是两个问题。",
+    ),
     claims=(
-        Claim("0.19", "000", 99, Words(
-            "The skip takes care of the gradients, the norm of the distributions; together they are the "
-            "standard.",
-            "残差连接解决梯度传播，层归一化解决分布稳定，二者结合成为标准组件。",
-        )),
+        Claim("0.19a", "000", 99, Words(
+            "Of the standard pair the skip takes care of the gradients: without it the norm is not enough.",
+            "标准组合中，残差连接负责梯度传播：没有它，只靠归一化不够。",
+        ), by="skip-needed"),
+        Claim("0.19b", "000", 99, Words(
+            "Of the standard pair the norm keeps the distributions stable: without it the skip is not "
+            "enough.",
+            "标准组合中，归一化负责分布稳定：没有它，只靠残差连接不够。",
+        ), by="norm-needed"),
         Claim("3.15", "003", 146, Words(
             "Large language models need the skip, which keeps the gradients consistent over the layers.",
-            "大型语言模型需要快捷连接，它使各层的梯度保持一致。",
+            "大语言模型离不开捷径：它让各层的梯度保持一致。",
         ), by="skip-needed"),
     ),
     factors={"net": tuple(WIRINGS), "embedding": (0.1, 1.0), "rate": (1e-3, 1e-2)},
+    skip=lambda cell: cell["net"] == "neither" and cell["embedding"] < 1,
     measure=measure,
     metrics={
         "loss": Metric(Words("validation loss", "验证损失"), NATS, UNIFORM),
+        "train": Metric(Words("training loss, last tenth of the steps", "最后十分之一步数的训练损失"),
+                        NATS, UNIFORM),
         "curve": Metric(Words("training loss", "训练损失"), NATS),
         "step": Metric(Words("step", "步数")),
         "layer": Metric(Words("layers passed", "已经过的层数")),
@@ -143,9 +171,9 @@ STUDY = Study(
     },
     primary=Contrast(
         Words(
-            "Both together train in all four settings: in its worst one the loss is at least 0.3 nats below "
+            "Both together train in every setting: in its worst one the loss is at least 0.3 nats below "
             "that of the skip alone and of the norm alone, each in its own worst.",
-            "两者都有时，四种设置下都能训练：最差设置下的损失，比仅捷径、仅归一化各自的最差损失至少低 0.3 nat。",
+            "两者都有时，每种设置下都能训练：最差设置下的损失，比仅捷径、仅归一化各自的最差损失至少低 0.3 nat。",
         ),
         lambda rows: min(_worst(rows, "skip"), _worst(rows, "norm")) - _worst(rows, "both"),
         limit=0.3,
@@ -202,8 +230,8 @@ STUDY = Study(
         ),
     ),
     modes={
-        "quick": Mode(6, 2.2, {"embedding": (1.0,)}, {"steps": 120}),
-        "default": Mode(8, 8, settings={"steps": 200}),
+        "quick": Mode(8, 2.2, {"embedding": (1.0,)}, {"steps": 80}),
+        "default": Mode(8, 7.5, settings={"steps": 200}),
         "long": Mode(8, 60, {"rate": (3e-4, 1e-3, 3e-3, 1e-2)}, {"steps": 600}),
     },
     plots=(
@@ -243,9 +271,9 @@ STUDY = Study(
         ),
         Published(
             Words(
-                "Transformers of 120 layers and more trained without norm and without warm-up, by a gate that "
-                "starts at 0",
-                "借助从 0 开始的门，120 层以上的 Transformer 无需归一化、无需预热即可训练",
+                "Transformers of 120 layers and more trained without norm and without warm-up, by a factor "
+                "that starts at 0",
+                "借助从 0 开始的系数，120 层以上的 Transformer 无需归一化、无需预热即可训练",
             ),
             "abstract",
             "Bachlechner et al. 2020 (arXiv:2003.04887)",
