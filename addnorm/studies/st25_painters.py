@@ -155,18 +155,14 @@ STUDY = Study(
         "post-norm networks see the same batches at the same rate (1e-3, a fifth of 500 steps warm-up). The "
         "networks are small and early in their training; the published ones are language models of 32 to 80 "
         "layers.",
-        "同一种子的所有改动都作用于同一个网络，并在相同的 128 个窗口上测量。前置与后置归一化网络的批次与学习率相同"
+        "同一种子的所有改动都作用于同一个网络，并在相同的 128 个窗口上测量。前置与 post-norm 网络的批次与学习率相同"
         "（1e-3，500 步中前五分之一为预热）。这些网络小，且处于训练早期；文献中的是 32 至 80 层的语言模型。",
     ),
     lesson=Words(
         "Middle layers of pre-norm speak nearly one language: order matters less than presence.",
-        "前置归一化的中间层几乎使用同一种表示：次序不如存在重要。",
+        "pre-norm 的中间层几乎使用同一种表示：次序不如存在重要。",
     ),
     claims=(
-        Claim("1.36", "001", 251, Words(
-            "A deep residual network is in essence an ensemble of exponentially many shallow networks.",
-            "深层残差网络本质上是指数级数量浅层网络的集成。",
-        ), by="order-matters", stands=False),
         Claim("1.41", "001", 270, Words(
             "Its structure makes it as robust as an ensemble.",
             "残差网络在结构上天然具有集成的鲁棒性。",
@@ -190,7 +186,7 @@ STUDY = Study(
     primary=Contrast(
         Words(
             "In pre-norm the six middle layers in random order cost less than leaving them out.",
-            "前置归一化中，中间六层随机排序的代价小于去除它们。",
+            "pre-norm 中，中间六层随机排序的代价小于去除它们。",
         ),
         _more("skip", "random"),
         limit=0.0,
@@ -235,7 +231,7 @@ STUDY = Study(
         Contrast(
             Words(
                 "Random order of the six costs more in post-norm than in pre-norm.",
-                "随机排序中间六层的代价，后置归一化大于前置归一化。",
+                "随机排序中间六层的代价，post-norm 大于 pre-norm。",
             ),
             lambda rows: _at(rows, "random", "post-norm") - _at(rows, "random"), limit=0.0,
             name="post-norm", unit=NATS,

@@ -69,7 +69,7 @@ STUDY = Study(
         "behind every layer is read by the model's own final norm and head, as if the later layers added "
         "nothing: its loss, how often its first choice is the model's own, and the divergence from the "
         "model's answer.",
-        "以前置和后置归一化训练 12 层字符 GPT，各 500 步。用模型自己的最终归一化和输出头读取每一层之后的残差流，"
+        "以前置和 post-norm 训练 12 层字符 GPT，各 500 步。用模型自己的最终归一化和输出头读取每一层之后的残差流，"
         "如同后面的层都不再加入任何东西：记录其损失、首选与模型一致的比例，以及与模型答案的散度。",
     ),
     controls=Words(
@@ -78,12 +78,12 @@ STUDY = Study(
         "layer knows nothing. In post-norm a switched-off layer still has its norms, of which only gain and "
         "bias act on a stream that is normalised already.",
         "两者批次和学习率相同，前五分之一步为预热；使用 128 个验证窗口。logit lens 是有偏的：输出头只在最后的残差流上"
-        "训练过，读数差并不说明该层一无所知。后置归一化中，被关闭的层仍保留其归一化；对已归一化的残差流，只有增益和"
+        "训练过，读数差并不说明该层一无所知。post-norm 中，被关闭的层仍保留其归一化；对已归一化的残差流，只有增益和"
         "偏置起作用。",
     ),
     lesson=Words(
         "In pre-norm all layers write in the language of the head, in post-norm they do not.",
-        "前置归一化的各层都用输出头的语言书写，后置归一化则不然。",
+        "pre-norm 的各层都用输出头的语言书写，post-norm 则不然。",
     ),
     claims=(),
     factors={"wiring": tuple(WIRINGS)},
@@ -102,7 +102,7 @@ STUDY = Study(
         Words(
             "The largest rise of the lens's loss from one layer to the next is larger in post-norm than in "
             "pre-norm, by more than 0.05 nats.",
-            "相邻两层间 logit lens 损失的最大上升，后置归一化比前置归一化大 0.05 nat 以上。",
+            "相邻两层间 logit lens 损失的最大上升，post-norm 比 pre-norm 大 0.05 nat 以上。",
         ),
         lambda rows: float(
             rows.maybe("rise", wiring="post-norm") - rows.maybe("rise", wiring="pre-norm")
@@ -114,7 +114,7 @@ STUDY = Study(
         Contrast(
             Words(
                 "In pre-norm the loss falls all the way: it nowhere rises by more than 0.02 nats.",
-                "前置归一化的损失一路下降：任何一层的上升都不超过 0.02 nat。",
+                "pre-norm 的损失一路下降：任何一层的上升都不超过 0.02 nat。",
             ),
             lambda rows: float(rows.maybe("rise", wiring="pre-norm")), limit=0.02, rule="below",
             name="pre-falls", unit=NATS,
@@ -122,7 +122,7 @@ STUDY = Study(
         Contrast(
             Words(
                 "At half depth pre-norm's first choice is the final one for more than half of the characters.",
-                "在半深处，前置归一化对半数以上字符的首选已与最终一致。",
+                "在半深处，pre-norm 对半数以上字符的首选已与最终一致。",
             ),
             lambda rows: float(rows.maybe("half", wiring="pre-norm")), limit=0.5, name="half-decided",
             unit=Words("share", "比例"),
@@ -131,7 +131,7 @@ STUDY = Study(
             Words(
                 "At half depth the lens reads post-norm worse: its loss above the final one is larger than "
                 "in pre-norm by more than 0.3 nats.",
-                "在半深处，后置归一化更难读：其损失超出最终损失的量比前置归一化大 0.3 nat 以上。",
+                "在半深处，post-norm 更难读：其损失超出最终损失的量比 pre-norm 大 0.3 nat 以上。",
             ),
             _excess, limit=0.3, name="post-unreadable", unit=NATS,
         ),
@@ -160,7 +160,7 @@ STUDY = Study(
             Words(
                 "In pre-norm language models the loss of intermediate readings falls with depth; early layers "
                 "know more than the lens shows",
-                "前置归一化的语言模型中，中间读数的损失随深度下降；前面的层所知比 logit lens 显示的更多",
+                "pre-norm 的语言模型中，中间读数的损失随深度下降；前面的层所知比 logit lens 显示的更多",
             ),
             "figures",
             "Belrose et al. 2023 (arXiv:2303.08112)",
