@@ -175,8 +175,8 @@ STUDY = Study(
         "What the shortcut adds must be kept small. Alone it makes the stream grow millions of times over "
         "32 layers, and at 128 the first loss need not be finite; whether Adam still finds its way at 32 "
         "is a matter of the rate. With a norm in the branch, a factor of 1/L or 1/√L, or one that starts "
-        "at zero, the stream starts far smaller. A norm without a shortcut is no cure: in front of each layer it "
-        "makes gradients grow that were level without it.",
+        "at zero, the stream starts far smaller. A norm without a shortcut is no cure: in front of each "
+        "layer it makes gradients grow that were level without it.",
         "捷径上加进来的东西必须足够小。只有捷径时，残差流在 32 层内增大数百万倍，到 128 层，第一个损失就可能不再是有限数；"
         "32 层时 Adam 能否应付，取决于学习率。在分支内加归一化、乘 1/L 或 1/√L，或乘从零开始的系数，残差流在起点就小得多。"
         "没有捷径的归一化并不能治本：加在每层之前，反而使原本平稳的梯度逐层增大。",
