@@ -342,14 +342,14 @@ STUDY = Study(
     controls=Words(
         "Removed means: what enters the block leaves it, in every network alike. All have the same images, "
         "rate and number of steps. A removal changes what later BatchNorms see, so the lesions are repeated "
-        "with the statistics taken anew on the training set; contrasts take the smaller rise of the two "
-        "unless they say otherwise. The input of 64 pixels is the stream itself, so the first block does the "
+        "with the statistics taken anew on the training set; where many blocks go the contrast takes the "
+        "smaller rise of the two. The input of 64 pixels is the stream itself, so the first block does the "
         "work of an input layer: random sets leave it in place. Each block that goes halves the number of "
         "paths, so as many blocks and members are no equal lesion: 5 blocks leave 1/32 of the paths, one "
         "member is 1/27 of the ensemble, and these are compared. The limits were set after a pilot on seed 0 "
         "and two other seeds.",
         "所谓删去，在各网络中含义相同：进入该块的就是离开该块的。所有网络的图像、学习率与步数相同。删块会改变后面"
-        "各 BatchNorm 的输入，因此另做一遍：删块后在训练集上重新统计；除非另有说明，对比时取两者中较小的上升。64 个像素"
+        "各 BatchNorm 的输入，因此另做一遍：删块后在训练集上重新统计；删去许多块的对比取两者中较小的上升。64 个像素"
         "直接就是残差流，第一块相当于输入层，随机成组删除时保留它。每删一块，路径数减半，因此删同样多的块与成员并不对等："
         "删 5 块剩下 1/32 的路径，一个成员是集成的 1/27，比较的是这两者。各项界限是在种子 0 与另外两个种子的预实验之后设定的。",
     ),
