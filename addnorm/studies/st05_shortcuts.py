@@ -93,7 +93,7 @@ VARIANTS = {
 
 def left(variant: Variant) -> float:
     """Return what the formula leaves of x behind all blocks: the product of the factors."""
-    return variant.factor ** (BLOCKS * 2 // variant.config.get("branch_layers", 2))
+    return float(variant.factor ** (BLOCKS * 2 // variant.config.get("branch_layers", 2)))
 
 
 def measure(cell: Mapping[str, Any]) -> dict[str, Any]:

@@ -502,15 +502,15 @@ STUDY = Study(
         ),
         Plot(
             "profile", Words("One block removed", "删去一块"),
-            x="block", y="singles", color="net", only={"net": ("plain 6", "residual 6", "residual 27")},
+            x="block", y="singles", color="net",
         ),
         Plot(
             "profile", Words("Gradient by path length: Veit's sampling", "梯度按路径长度的分布：Veit 的抽样"),
-            x="length", y="sampled", color="net", only={"net": ("residual 6", "residual 27")},
+            x="length", y="sampled", only={"net": "residual 27"},
         ),
         Plot(
             "profile", Words("Gradient by path length: exact", "梯度按路径长度的分布：精确值"),
-            x="length", y="coherent", color="net", only={"net": ("residual 6", "residual 27")},
+            x="length", y="coherent", only={"net": "residual 27"},
         ),
     ),
     published=(
