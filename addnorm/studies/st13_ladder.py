@@ -66,13 +66,15 @@ def position_losses(model: nn.Module) -> list[float]:
 
 
 def _chosen(rows: Rows, net: str, depth: int = 3) -> Row:
-    """Return the training with the lower training loss of the two rates."""
+    """Return the training with the lowest training loss over the rates."""
     chosen: Row = min(rows.only(net=net, depth=depth), key=lambda row: row["train"])
     return chosen
 
 
 def _best(rows: Rows, net: str, depth: int = 3) -> float:
-    return float(_chosen(rows, net, depth)["loss"])
+    """Return the validation loss of that training; NaN where the mode leaves the rate out."""
+    known = len(rows.only(net=net, depth=depth))
+    return float(_chosen(rows, net, depth)["loss"]) if known else math.nan
 
 
 def _gain(rows: Rows, depth: int, rate: float | None = None) -> float:
