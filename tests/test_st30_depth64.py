@@ -13,7 +13,7 @@ STUDY = module.STUDY
 
 
 def made_up(power=0.03, exponential=0.9, low=0.1):
-    """Test errors by law; post-norm's at a lower rate."""
+    """Training errors by law; post-norm's at a lower rate."""
 
     def metrics(cell):
         wobble = 0.01 * math.sin(3 * cell["seed"] + 1)
@@ -21,7 +21,7 @@ def made_up(power=0.03, exponential=0.9, low=0.1):
         first = error
         if cell["wiring"] == "postnorm":
             error, first = low, 0.85 + wobble
-        return {"error": error, "first": first, "rate": 1e-3}
+        return {"error": error, "test": error, "first": first, "rate": 1e-3}
 
     return metrics
 
@@ -49,25 +49,43 @@ def test_every_entry_has_its_law():
 
 
 @pytest.mark.parametrize(
-    ("errors", "expected"),
+    ("errors", "error", "first", "rate"),
     [
-        ([0.1], {"error": 0.1, "first": 0.1, "rate": 1e-3}),
-        ([0.9, 0.15], {"error": 0.15, "first": 0.9, "rate": 3e-4}),
-        ([0.9, 0.5, math.nan, 0.2], {"error": 0.2, "first": 0.9, "rate": 1e-2}),
-        ([0.9, 0.5, 0.4, 0.6], {"error": 0.4, "first": 0.9, "rate": 0.0}),
+        ([0.1], 0.1, 0.1, 1e-3),
+        ([0.9, 0.15], 0.15, 0.9, 3e-4),
+        ([0.9, 0.5, math.nan, 0.2], 0.2, 0.9, 1e-2),
+        ([0.9, 0.5, 0.4, 0.6], 0.4, 0.9, 0.0),
     ],
 )
-def test_rates_are_tried_until_one_trains(monkeypatch, errors, expected):
+def test_rates_are_tried_until_one_trains(monkeypatch, errors, error, first, rate):
     left = iter(errors)
-    monkeypatch.setattr(module, "_error", lambda *_: next(left))
-    assert module.measure({"wiring": "prenorm", "seed": 0, "steps": 1}) == expected
+
+    def one(*_):
+        e = next(left)
+        return e, 1 - e
+
+    monkeypatch.setattr(module, "_errors", one)
+    found = module.measure({"wiring": "prenorm", "seed": 0, "steps": 1})
+    assert found == {"error": error, "test": 1 - error, "first": first, "rate": rate}
     assert not list(left)
+
+
+def test_the_error_is_that_of_the_training_images(monkeypatch):
+    """After one step: the share wrong, by hand, of the trained model that the test keeps."""
+    kept, build = [], bench.mlp
+    monkeypatch.setattr(bench, "mlp", lambda *a, **k: kept.append(build(*a, **k)) or kept[-1])
+    monkeypatch.setattr(module, "DEPTH", 2)
+    error, _ = module._errors("prenorm", 0, 1e-3, 1)
+    x, y = bench.training_set(bench.digits())
+    assert len(y) == 1438
+    assert error == pytest.approx((kept[0].eval()(x).argmax(-1) != y).double().mean().item())
 
 
 @pytest.mark.slow
 def test_the_shortcuts_removed_flip_the_verdict(monkeypatch):
     """The real trainings of pre-norm and of plain layers; then all are plain."""
     monkeypatch.setattr(module, "DEPTH", 32)
+    monkeypatch.setattr(module, "RATES", (1e-3,))
     known = ("prenorm", "postnorm", "plain", "residual", "residual/gpt2")
     study = small(STUDY, factors={"wiring": known}, steps=25)
 
