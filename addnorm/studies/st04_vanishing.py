@@ -153,7 +153,8 @@ def _profile(model: nn.Module, seed: int) -> list[float]:
 
 def _train(rows: Rows, net: str, change: str, depth: int = 56) -> float:
     """Return the training loss of one network, no less than `FITTED`."""
-    return max(rows.value("train", net=net, change=change, depth=depth), FITTED)
+    loss: float = rows.value("train", net=net, change=change, depth=depth)
+    return max(loss, FITTED)
 
 
 def _decades(rows: Rows, net: str, change: str = "none") -> float:
@@ -167,7 +168,7 @@ def _if_none_vanishes(rows: Rows, net: str, effect: float) -> float:
     Then nothing can be said of degradation without vanishing. A training that diverged at every
     rate is judged by its gradient at the start.
     """
-    least = rows.value("least", net=net, change="none", depth=56)
+    least: float = rows.value("least", net=net, change="none", depth=56)
     return effect if least >= TRAINABLE else math.nan
 
 
@@ -287,8 +288,8 @@ STUDY = Study(
         "test": Metric(Words("test loss", "测试损失"), Words("nats", "nat"), bench.CHANCE),
         "late": Metric(Words("gradient at the input over that at the output, after training",
                              "训练结束时输入端与输出端梯度之比")),
-        "least": Metric(Words("the smaller of these ratios at the start and after training",
-                              "训练开始与结束时该比值的较小者")),
+        "least": Metric(Words("smaller gradient ratio, input over output, of start and end of training",
+                              "训练开始与结束时输入端与输出端梯度之比的较小者")),
         "profile": Metric(Words("gradient over that at the output, at the start",
                                 "训练开始时各处梯度与输出端之比")),
         "rate": Metric(Words("best learning rate", "最优学习率")),
