@@ -162,7 +162,7 @@ STUDY = Study(
         ),
         Contrast(
             Words("In the deepest network DeepNorm's update is at least ten times smaller than post-norm's.",
-                  "在最深的网络里，DeepNorm 的模型更新至少比 post-norm 小十倍。"),
+                  "在最深的网络里，DeepNorm 的模型更新不到 post-norm 的十分之一。"),
             _deepest("post-norm", "DeepNorm", "Adam"), limit=1, unit=DECADES, name="smaller",
         ),
         Contrast(
@@ -178,7 +178,7 @@ STUDY = Study(
         ),
     ),
     modes={
-        "quick": Mode(6, 1.5, {"depth": (6, 96)}),
+        "quick": Mode(8, 2, {"depth": (6, 96)}),
         "default": Mode(8, 3),
     },
     plots=(

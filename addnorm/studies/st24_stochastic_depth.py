@@ -163,7 +163,7 @@ STUDY = Study(
         ),
     ),
     modes={
-        "quick": Mode(6, 1.5, settings={"steps": 100, "rate": 0.05}),
+        "quick": Mode(7, 1.8, settings={"steps": 100, "rate": 0.05}),
         "default": Mode(8, 4.5, settings={"steps": 300, "rate": 0.05}),
         "long": Mode(12, 25, settings={"steps": 900, "rate": 0.05}),
     },
