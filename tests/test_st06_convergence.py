@@ -1,5 +1,6 @@
 """ST-06: the verdicts both ways, what the race notes, planted bugs."""
 
+import copy
 import math
 
 import pytest
@@ -33,12 +34,12 @@ def test_it_can_say_both():
     assert [found[name] for name in names] == ["SUPPORTED"] * 5
     assert (found["deep-test"], found["generalises"]) == ("REFUTED", "REFUTED")
     assert [found[c] for c in ("0.14", "4.3", "2.14b")] == ["SUPPORTED"] * 3
-    assert found["4.4"] == "REFUTED"
+    assert (found["4.4"], found["4.4b"]) == ("REFUTED", "REFUTED")
     found = verdicts(concluded(STUDY, made_up(slow=1.0, gain=0.05)))
     assert [found[name] for name in ("primary", "grows", "same-test")] == ["REFUTED"] * 3
     assert found["deep-test"] == "SUPPORTED"
     assert [found[c] for c in ("0.14", "4.3")] == ["REFUTED"] * 2
-    assert found["4.4"] == "SUPPORTED"
+    assert (found["4.4"], found["4.4b"]) == ("SUPPORTED", "SUPPORTED")
 
 
 def test_a_network_that_does_not_get_there_counts_with_the_cap_and_decides_no_error():
@@ -54,22 +55,51 @@ def test_a_network_that_does_not_get_there_counts_with_the_cap_and_decides_no_er
     assert result["effect"] == pytest.approx(math.log2(module.CAP / 50), abs=0.2)
 
 
-def test_the_race_notes_the_steps_and_the_early_error():
+@pytest.fixture
+def race(monkeypatch):
+    """A race of a network that learns nothing; `standing` is what its evaluations find."""
+    found = module.Race(bench.mlp(0, 1, "plain", branch_layers=2))
+    found.standing = (1.0, 0.5)
+    monkeypatch.setattr(module, "measured", lambda _model: found.standing)
+    return found
+
+
+def test_the_race_notes_the_steps_and_the_early_error(race):
     """A loss of 1 for 30 steps, then 0: the corrected mean 0.9^k falls below 0.1 at k = 22."""
-    model = bench.mlp(0, 1, "plain", branch_layers=2)
-    race = module.Race(model)
-    for _ in range(30):
-        race.after_update(torch.tensor(1.0))
-    for _ in range(29):
-        race.after_update(torch.tensor(0.0))
+    for loss in 30 * [1.0] + 29 * [0.0]:
+        race.after_update(torch.tensor(loss))
     assert race.steps == 52
     assert math.isnan(race.early)
     race.after_update(torch.tensor(0.0))
-    assert race.early == pytest.approx(module.measured(model)[1])
-    assert 0.7 < race.early < 1
-    race.losses += [0.0] * 10  # the mean is below the level now
+    assert (race.early, len(race.losses)) == (0.5, 60)
+    assert math.isnan(race.error)
+    race.standing = (0.019, 0.03)
+    for _ in range(4):
+        race.after_update(torch.tensor(0.0))
     with pytest.raises(module.Matched):
         race.after_update(torch.tensor(0.0))
+    assert (race.train, race.error, race.early) == (0.019, 0.03, 0.5)
+
+
+def test_a_network_that_is_there_before_step_60_is_compared_there(race):
+    """Its error is that of step 20, not that of the end."""
+    for step in range(1, 60):
+        race.standing = (0.3 / step, 1 / step)  # below 0.02 from step 16 on, looked at in step 20
+        race.after_update(torch.tensor(0.01))
+    with pytest.raises(module.Matched):
+        race.after_update(torch.tensor(0.01))
+    assert (race.train, race.error) == pytest.approx((0.015, 0.05))
+    assert race.early == pytest.approx(1 / 59)
+
+
+def test_where_it_looks_batch_norm_is_that_of_the_training_images():
+    """The loss of one batch of all of them in training mode, whatever was gathered before."""
+    model = bench.mlp(0, 2, "plain", branch_layers=2, inner_norm="batchnorm")
+    x, y = bench.training_set(bench.digits())
+    model.train()(3 * x[:128])  # gathers other statistics
+    with torch.no_grad():
+        known = torch.nn.functional.cross_entropy(copy.deepcopy(model).train()(x), y).item()
+    assert module.measured(model)[0] == pytest.approx(known, rel=1e-3)  # 1/N or 1/(N - 1)
 
 
 def test_a_training_that_ends_early_has_no_error():
@@ -80,7 +110,7 @@ def test_a_training_that_ends_early_has_no_error():
 
 @pytest.mark.slow
 def test_the_shortcut_removed_flips_the_verdict(monkeypatch):
-    study = small(STUDY, factors={"depth": (20,), "rate": (0.05,)}, steps=200)
+    study = small(STUDY, factors={"depth": (20,), "rate": (0.05,)}, steps=80)
     assert concluded(study, study.measure)["verdict"] == "SUPPORTED"
     monkeypatch.setitem(module.WIRINGS, "residual", module.WIRINGS["plain"])
     assert concluded(study, study.measure)["verdict"] == "REFUTED"

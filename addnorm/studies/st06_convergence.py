@@ -182,8 +182,8 @@ STUDY = Study(
             "残差连接提高泛化能力（不只是拟合得更好：训练损失相同时）。",
         ), by="generalises"),
         Claim("4.4b", "004", 15, Words(
-            "They do so in a deep network.",
-            "在深层网络中如此。",
+            "In a deep network they improve it, at equal training loss.",
+            "在深层网络中，训练损失相同时，残差连接提高泛化能力。",
         ), by="deep-test"),
     ),
     factors={"net": tuple(WIRINGS), "depth": DEPTHS, "rate": RATES},
@@ -253,8 +253,8 @@ STUDY = Study(
         ),
     ),
     modes={
-        "quick": Mode(8, 0.6, {"depth": (4, 8, 20), "rate": (0.05,)}, {"steps": CAP}),
-        "default": Mode(12, 2, settings={"steps": CAP}),
+        "quick": Mode(8, 0.3, {"depth": (4, 8, 20), "rate": (0.05,)}, {"steps": CAP}),
+        "default": Mode(12, 1.2, settings={"steps": CAP}),
         "long": Mode(20, 8, {"depth": (*DEPTHS, 32), "rate": (0.01, *RATES)}, {"steps": CAP}),
     },
     plots=(
