@@ -185,9 +185,15 @@ STUDY = Study(
         "非凸说明损失非凸；而一个平面光滑，对其余方向几乎不说明什么。",
     ),
     lesson=Words(
-        "At the same training loss a deep plain network has more negative curvature around it; neither "
-        "network is chaotic at this size.",
-        "训练损失相同时，深层普通网络周围有更多负曲率；在这一规模上，两种网络的地形都不混乱。",
+        "Smooth has several meanings, and they need not agree: the share of negative curvature, the rise "
+        "towards the edges and the number of wells are judged one by one. Part of the curvature comes from "
+        "far out, where the loss of a plain network bends to the plateau of guessing while that of a "
+        "residual one goes on rising: compare the whole picture with the inner half. A picture of two "
+        "directions cannot show that a landscape is smooth, and chaos as drawn in the document would be "
+        "many wells.",
+        "“平滑”有几种含义，彼此未必一致：负曲率的比例、向边缘的上升、谷的个数在此分别判断。一部分负曲率来自远处：普通"
+        "网络的损失在那里弯向随机猜测的平台，而残差网络的损失继续上升；请把整幅图与内半部分对照。两个方向的图无法证明"
+        "地形平滑；而文中所画的混乱应表现为许多谷。",
     ),
     claims=(
         Claim("1.25", "001", 162, Words(

@@ -111,16 +111,22 @@ STUDY = Study(
     ),
     controls=Words(
         "All networks of a seed see the same batches at the same rate, 1e-3 with a fifth of the steps "
-        "warm-up, without which post-norm does not train. Shapes differ only in the wirings' own "
-        "parameters. One rate for all is a limit: ReZero likes a higher one. 500 steps are early in a "
-        "training, and 12 layers are few beside language models.",
-        "同一种子的所有网络使用相同的批次和学习率（1e-3，前五分之一步为预热，否则 post-norm 训练不起来），形状只在"
-        "接法自身的参数上不同。局限：所有接法共用一个学习率，而 ReZero 适合更高的；500 步只是训练早期；与语言"
+        "warm-up, without which post-norm does not train. They differ only in the wirings' own "
+        "parameters and in the start that each asks for. One rate for all is a limit: ReZero likes a higher "
+        "one. 500 steps are early in a training, and 12 layers are few beside language models.",
+        "同一种子的所有网络使用相同的批次和学习率（1e-3，前五分之一步为预热，否则 post-norm 训练不起来），差别只在"
+        "接法自身的参数与各自要求的初始化。局限：所有接法共用一个学习率，而 ReZero 适合更高的；500 步只是训练早期；与语言"
         "模型相比，12 层也不算深。",
     ),
     lesson=Words(
-        "Where the norm sits decides what the late layers are worth; the shortcut is the same.",
-        "后面的层有多大作用，取决于归一化的位置，而捷径是一样的。",
+        "The shortcut is the same in all five networks; what a late layer is worth is decided by the norm. "
+        "Worth little by itself is not the same as doing nothing: compare the last six layers one by one "
+        "with all six together. A remedy of large language models need not show after 500 steps of a small "
+        "one, and where LNS does no good here that says nothing of 10,000 steps at 130M. A higher worth of "
+        "late layers is no aim by itself either: hold it against the validation loss.",
+        "五种网络的捷径相同，后面的层有多大作用取决于归一化。单层作用小不等于什么都没做：请把最后六层逐一去除与一并"
+        "去除的代价作对照。对大语言模型有效的对策，在小模型训练 500 步后未必显现；LNS 若在此无效，并不能说明它在 "
+        "130M 模型、1 万步时也无效。后面的层作用更大本身也不是目的，应与验证损失一起看。",
     ),
     claims=(
         Claim("1.20", "001", 135, Words(

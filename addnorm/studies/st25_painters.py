@@ -159,8 +159,12 @@ STUDY = Study(
         "（1e-3，500 步中前五分之一为预热）。这些网络小，且处于训练早期；文献中的是 32 至 80 层的语言模型。",
     ),
     lesson=Words(
-        "Middle layers of pre-norm speak nearly one language: order matters less than presence.",
-        "pre-norm 的中间层几乎使用同一种表示：次序不如存在重要。",
+        "Ask two things apart: whether a layer must be there, and whether it must stand where it stands. "
+        "What costs less than leaving the layers out shows that they read and write much the same stream; "
+        "what costs anything shows that they are no set of independent voters. How a layer lives with "
+        "another order also depends on the norm, so no answer here is one about shortcuts alone.",
+        "应分开问两件事：一层是否必须存在，以及是否必须在原来的位置。代价小于去除，说明各层读写的残差流大致相同；只要"
+        "有代价，就说明它们不是彼此独立的投票者。改变次序的影响还取决于归一化，因此这里的答案不只关乎捷径。",
     ),
     claims=(
         Claim("1.41", "001", 270, Words(

@@ -82,8 +82,11 @@ STUDY = Study(
         "偏置起作用。",
     ),
     lesson=Words(
-        "In pre-norm all layers write in the language of the head, in post-norm they do not.",
-        "pre-norm 的各层都用输出头的语言书写，post-norm 则不然。",
+        "Where the lens falls from layer to layer, all layers write in the language of the head, and each "
+        "improves on the answer. Where it does not, first doubt the lens: a stream that is normalised "
+        "behind every layer may hold the answer in another form, which a trained translation would find.",
+        "若读数逐层下降，说明各层都用输出头的“语言”书写，并逐层改进答案。若不然，先怀疑 logit lens 本身：每层之后都被"
+        "归一化的残差流，可能以另一种形式保存答案，需要训练出的变换才能读出。",
     ),
     claims=(),
     factors={"wiring": tuple(WIRINGS)},
