@@ -76,6 +76,23 @@ def test_what_the_formula_leaves_of_the_identity():
     assert found["W x + F"] == found["plain"] == 0
     assert found["original"] == found["one layer"] == 1
     assert math.isnan(found["dropout on stream"])
+    between = [n for n, share in found.items() if module.LOST <= share <= module.KEPT]
+    assert between == ["BN after +", "0.9 x + F"]
+
+
+def test_a_factor_is_the_derivative_where_the_branch_is_silent(monkeypatch):
+    """d out / d x of one block, in training mode, on coordinates that ReLU passes."""
+    monkeypatch.setattr(module, "BLOCKS", 1)
+    for name in ("0.8 x + F", "exclusive gate -3", "shortcut gate -6", "original", "as drawn"):
+        (connection,) = module.build(0, module.VARIANTS[name]).stack
+        for norm in connection.branch.norms:
+            torch.nn.init.zeros_(norm.weight)
+        if "gate" in name:
+            torch.nn.init.zeros_(connection.gate.weight)
+        x = (torch.rand(4, 64) + 1).requires_grad_()
+        (slope,) = torch.autograd.grad(connection(x, Context()).sum(), x)
+        factor = torch.full_like(slope, module.VARIANTS[name].factor)
+        torch.testing.assert_close(slope, factor, rtol=1e-4, atol=1e-5)
 
 
 def test_the_norm_behind_the_addition_divides_by_what_it_says():
