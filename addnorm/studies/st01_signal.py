@@ -90,6 +90,12 @@ def _all(wiring: str, layers: tuple[str, ...], depth: int) -> Callable[[Rows], l
     ]
 
 
+def _often(rows: Rows) -> float:
+    """Return the share of plain nets whose gradient changes more than tenfold over 100 layers."""
+    decades = _all("plain", tuple(NETS["plain"]), 100)(rows)
+    return sum(abs(d) > 1 for d in decades) / len(decades)
+
+
 PER_LAYER = Words("powers of ten a layer", "每层数量级")
 DECADES = Words("powers of ten", "数量级")
 
@@ -120,44 +126,51 @@ STUDY = Study(
         "全部以 float64 计算：float32 下 56 层 sigmoid 的梯度恰为 0。同一种子下图像相同，同一种初始化的随机数也相同。",
     ),
     lesson=Words(
-        "Depth alone decides nothing: start, activation and norm together make the factor of each layer. On "
-        "its way back through a plain layer the gradient is multiplied by 0.23 (sigmoid), 0.41 (ReLU, "
-        "default start), 0.99 (ReLU, He's start) or 1.21 (with BatchNorm: it explodes). A shortcut keeps "
-        "gradients from vanishing and does not keep them from exploding: 1.2 a layer with the default start, "
-        "1.6 with He's, which is 10^12 over 56 layers. A norm in front of the branch (about 20 over 100 "
-        "layers), a scale (1.5 or 1) or a gate at 0 prevents that. Gradients flow well from the start of "
-        "training in such networks, not in every residual one.",
-        "深度本身不决定什么：初始化、激活函数与归一化共同决定每层的因子。梯度往回经过一层普通网络，被乘以 0.23（sigmoid）、"
+        "Plain networks often lose their gradient, or let it explode, as they get deeper: at 100 layers at "
+        "least four of these six. But depth alone does not decide it: start, activation and norm together make "
+        "the factor of each layer. On its way back through a plain layer the gradient is multiplied by 0.23 "
+        "(sigmoid), 0.41 (ReLU, default start), 0.99 (ReLU, He's start) or 1.21 (with BatchNorm: it explodes). "
+        "A shortcut keeps gradients from vanishing and does not keep them from exploding: 1.2 a layer with the "
+        "default start, 1.6 with He's, which is 10^12 over 56 layers. A norm in front of the branch (about 20 "
+        "over 100 layers), a scale (1.5 or 1) or a gate at 0 prevents that. Gradients flow well from the start "
+        "of training in such networks, not in every residual one.",
+        "普通网络加深后，梯度常常消失或爆炸：100 层时，这六种中至少有四种如此。但起决定作用的不只是深度：初始化、激活函数与归一化"
+        "共同决定每层的因子。梯度往回经过一层普通网络，被乘以 0.23（sigmoid）、"
         "0.41（ReLU，默认初始化）、0.99（ReLU，He 初始化）或 1.21（加 BatchNorm，会爆炸）。捷径能防止梯度消失，却防不住"
         "爆炸：默认初始化每层 1.2，He 初始化每层 1.6，56 层就是 10^12。分支前加归一化（100 层约 20 倍）、缩放分支"
         "（1.5 倍或 1 倍）或门控从 0 开始才能避免。训练初期梯度流动良好的是这些网络，而不是一切残差网络。",
     ),
     claims=(
         Claim("0.1", "000", 22, Words(
-            "It is the number of layers that makes gradients vanish or explode.",
-            "层数增加，就会使梯度消失或爆炸。",
-        ), by="start-decides", stands=False),
+            "As networks get deeper, their gradients often vanish or explode.",
+            "网络层数增加时，常会出现梯度消失或梯度爆炸。",
+        ), by="often"),
         Claim("0.4", "000", 42, Words(
-            "Because the derivative of the activation is below 1, as of sigmoid and in parts of ReLU, gradients "
-            "decay exponentially with depth.",
-            "激活函数的导数小于 1（如 sigmoid，以及 ReLU 的部分区域），梯度便随层数指数衰减。",
+            "With ReLU, whose derivative is below 1 in some regions, gradients decay exponentially with depth.",
+            "ReLU 的导数在部分区域小于 1，梯度因此随层数指数衰减。",
         ), by="relu-holds", stands=False),
+        Claim("0.4b", "000", 42, Words(
+            "With sigmoid, whose derivative is below 1, gradients decay exponentially with depth.",
+            "Sigmoid 的导数小于 1，梯度因此随层数指数衰减。",
+        ), by="sigmoid-vanishes"),
         Claim("0.8", "000", 71, Words(
             "With shortcuts the gradient flows well from the start of training.",
             "有了捷径，训练初期梯度流动就良好。",
         ), stands=False),
         Claim("1.42", "001", 280, Words(
-            "Shortcuts cure vanishing gradients at the root, so that hundreds of layers train stably.",
-            "捷径从根本上缓解梯度消失，使数百层网络稳定训练。",
-        ), stands=False),
-        Claim("2.2", "002", 19, Words(
-            "Shortcuts avoid vanishing and exploding gradients.",
-            "捷径避免梯度消失与爆炸。",
-        ), stands=False),
+            "Shortcuts cure vanishing gradients at the root (here: at the start of training).",
+            "捷径从根本上缓解梯度消失（此处看训练开始时）。",
+        ), by="no-vanishing"),
+        Claim("2.2", "002", 19, Words("Shortcuts avoid exploding gradients.", "捷径避免梯度爆炸。"),
+              stands=False),
+        Claim("2.2b", "002", 19, Words("Shortcuts avoid vanishing gradients.", "捷径避免梯度消失。"),
+              by="no-vanishing"),
         Claim("4.1", "004", 9, Words(
-            "Residual connections are meant to solve, and do solve, vanishing and exploding gradients.",
-            "残差连接解决梯度消失与梯度爆炸。",
+            "Residual connections solve exploding gradients.", "残差连接解决梯度爆炸。",
         ), stands=False),
+        Claim("4.1b", "004", 9, Words(
+            "Residual connections solve vanishing gradients.", "残差连接解决梯度消失。",
+        ), by="no-vanishing"),
     ),
     factors={
         "wiring": tuple(NETS),
@@ -193,12 +206,21 @@ STUDY = Study(
         ),
         Contrast(
             Words(
-                "No shortcut lets the gradient vanish: over 56 layers that at the input is no smaller than that "
-                "at the output.",
-                "有捷径时梯度不会消失：56 层网络输入端的梯度不小于输出端。",
+                "With a shortcut over every layer the gradient does not vanish, be it sigmoid, ReLU with either "
+                "start, or BatchNorm: over 56 layers that at the input is no smaller than that at the output.",
+                "每层有捷径时，无论 sigmoid、两种初始化的 ReLU 还是加 BatchNorm，梯度都不消失：56 层网络输入端的梯度不小于输出端。",
             ),
             lambda rows: min(_all("residual", ("sigmoid", *UNSCALED, "batchnorm"), 56)(rows)),
             limit=0.0, unit=DECADES, name="no-vanishing",
+        ),
+        Contrast(
+            Words(
+                "Over 100 layers the gradient of more than half of the six plain networks shrinks or grows "
+                "more than tenfold.",
+                "六种普通网络中，半数以上的梯度在 100 层间缩小到十分之一以下或增大十倍以上。",
+            ),
+            _often,
+            limit=0.5, unit=Words("share of the networks", "网络占比"), name="often",
         ),
         Contrast(
             Words(
@@ -237,9 +259,9 @@ STUDY = Study(
         ),
     ),
     modes={
-        "quick": Mode(8, 0.5, {"depth": (56, 100)}),
+        "quick": Mode(9, 0.5, {"depth": (56, 100)}),
         "default": Mode(10, 0.7),
-        "long": Mode(40, 8, {"depth": (10, 20, 56, 100, 200)}),
+        "long": Mode(40, 6, {"depth": (10, 20, 56, 100, 200)}),
     },
     plots=(
         Plot(
