@@ -67,6 +67,22 @@ def test_a_training_that_diverged_counts_as_guessing():
     assert result["verdict"] == "SUPPORTED"
 
 
+def test_the_rate_is_picked_by_the_training_loss():
+    """Of one variant the other rate tests better; of another it diverged: neither counts."""
+
+    def metrics(cell):
+        known = made_up({"as drawn": 0.5})(cell)
+        if cell["rate"] == module.RATE:
+            return known
+        other = {"as drawn": (0.03, 2.0), "original": (math.nan, math.nan)}
+        error, train = other.get(cell["variant"], (known["error"], known["train"]))
+        return known | {"error": error, "train": train}
+
+    result = concluded(STUDY, metrics)
+    (drawn,) = (c["effects"] for c in result["contrasts"] if c["name"] == "drawn")
+    assert drawn == pytest.approx([0.47] * 8, abs=0.005)
+
+
 def test_what_the_formula_leaves_of_the_identity():
     """0.5^27, 0.9^27, (1 - sigmoid(-6))^27, and no less where a branch has one layer."""
     found = {name: module.left(variant) for name, variant in module.VARIANTS.items()}
