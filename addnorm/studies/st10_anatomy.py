@@ -239,7 +239,7 @@ STUDY = Study(
     ),
     modes={
         "quick": Mode(6, 1, settings={"steps": 100}),
-        "default": Mode(8, 3, settings={"steps": 300}),
+        "default": Mode(8, 3.3, settings={"steps": 300}),
         "long": Mode(8, 20, settings={"steps": 2000}),
     },
     plots=(

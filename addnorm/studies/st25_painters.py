@@ -243,7 +243,7 @@ STUDY = Study(
     ),
     modes={
         "quick": Mode(6, 1.7, settings={"steps": 200}),
-        "default": Mode(8, 4.5, settings={"steps": 500}),
+        "default": Mode(8, 3.7, settings={"steps": 500}),
         "long": Mode(8, 15, settings={"steps": 2000}),
     },
     plots=(
