@@ -36,7 +36,7 @@ def made_up(**changed):
 
 def test_it_can_say_both():
     found = verdicts(concluded(STUDY, made_up()))
-    assert found.pop("1.21") == "REFUTED"
+    assert found.pop("1.21b") == "REFUTED"
     assert set(found.values()) == {"SUPPORTED"}
     whole = verdicts(concluded(STUDY, made_up(plain=lambda _: 0.9)))
     assert (whole["primary"], whole["white"], whole["order"]) == ("REFUTED",) * 3
@@ -47,7 +47,15 @@ def test_the_other_statements_can_be_refuted():
     steep = verdicts(concluded(STUDY, made_up(residual=lambda depth: 1.2**-depth)))
     assert steep["root-law"] == "REFUTED"
     small_gradient = verdicts(concluded(STUDY, made_up(r=0.1)))
-    assert (small_gradient["not-size"], small_gradient["1.21"]) == ("REFUTED", "SUPPORTED")
+    assert (small_gradient["not-size"], small_gradient["1.21b"]) == ("REFUTED", "INCONCLUSIVE")
+
+
+@pytest.mark.parametrize(("deepest", "verdict"), [(4, "SUPPORTED"), (10, "REFUTED")])
+def test_the_order_counts_beyond_4_layers_in_every_mode(deepest, verdict):
+    """In long mode 2 layers are there as well: up to 4 the plain network may be above."""
+    long = replace(STUDY, modes=STUDY.modes | {"default": STUDY.mode("long")})
+    above = made_up(plain=lambda depth: 1.2 if depth <= deepest else 0.5**depth)
+    assert verdicts(concluded(long, above))["order"] == verdict
 
 
 def test_all_networks_start_with_the_same_matrices():
