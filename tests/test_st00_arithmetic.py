@@ -9,7 +9,7 @@ from study_rows import concluded, verdicts
 from addnorm.studies import st00_arithmetic as module
 
 STUDY = module.STUDY
-REFUTED = {"labels", "shallowest", "entries", "bars"}
+REFUTED = {"labels", "shallowest", "bars"}
 
 
 def found():
@@ -21,7 +21,6 @@ def test_what_is_right_and_what_is_wrong():
     assert {name for name in verdict if verdict[name] == "REFUTED" and "." not in name} == REFUTED
     assert {name for name in verdict if verdict[name] == "REFUTED" and "." in name} == {
         "1.14",
-        "1.30",
         "1.31",
         "1.38",
     }
@@ -48,8 +47,7 @@ def test_the_numbers_by_hand():
     [
         ("LABELS", ((100, 0), (5, 28), (0, 56)), "labels"),
         ("SHORTEST", 8, "shallowest"),
-        ("ERRORS", ((15.3, 15, 15.3), (7.3, 7, 7.32), (6.7, 7, 6.66), (3.57, 4, 3.57)), "entries"),
-        ("ERRORS", ((15.3, 15, 15.3), (7.3, 7, 7.32), (6.7, 7, 6.66), (3.57, 4, 3.57)), "bars"),
+        ("ERRORS", ((16.4, 16), (7.3, 7), (6.7, 7), (3.57, 4)), "bars"),
     ],
 )
 def test_the_corrected_document_would_be_supported(monkeypatch, name, mended, contrast):
