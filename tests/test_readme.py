@@ -80,7 +80,7 @@ def test_the_shell_blocks_run(here, capsys):
         kind = SHORT.get(" ".join(words[1:3]), SHORT.get(command, ""))
         short = [] if "--resume" in words else shlex.split(kind)
         assert main([*words[1:], *short]) == 0, line
-    assert seen == {"compare", "train", "sample", "xray"}
+    assert seen == {"compare", "train", "sample", "xray", "study"}
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
