@@ -4,21 +4,25 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
+import torch.nn.functional as F
 from study_rows import concluded, small, verdicts
 
+from addnorm.models.resnet import ResNet, ResNetConfig
+from addnorm.studies import bench
 from addnorm.studies import st22_resnet as module
 
 STUDY = module.STUDY
 
 
 def made_up(plain_at_56, residual_at_56=0.002, plain_error=0.5, extra=0):
-    """Training losses of both networks; the worse rate has three times the loss."""
+    """Training losses of both networks; the other rates have three times the loss."""
 
     def metrics(cell):
         wobble = math.exp(0.1 * math.sin(7 * cell["seed"] + cell["depth"]))
         deep, plain = cell["depth"] == 56, cell["net"] == "plain"
         train = (plain_at_56 if plain else residual_at_56) if deep else 0.05 if plain else 0.001
-        train *= wobble * (3 if cell["rate"] == 0.1 else 1)
+        train *= wobble * (3 if cell["rate"] > 0.03 else 1)
         error = plain_error if plain and deep else 0.02
         parameters = 100 * cell["depth"] + extra * plain
         found = {"train": train, "train_error": error, "test": train, "error": error * wobble}
@@ -44,7 +48,9 @@ def test_it_can_say_both(metrics, expected):
     assert {name: found[name] for name in expected} == expected
 
 
-@pytest.mark.parametrize(("rates", "verdict"), [((0.1,), "SUPPORTED"), ((0.02, 0.1), "SUPPORTED")])
+@pytest.mark.parametrize(
+    ("rates", "verdict"), [((0.1,), "SUPPORTED"), ((0.03, 0.1, 0.3), "SUPPORTED")]
+)
 def test_a_training_that_diverged_counts_as_guessing(rates, verdict):
     """At one rate the other one stands; at both, the loss is that of guessing."""
 
@@ -56,6 +62,33 @@ def test_a_training_that_diverged_counts_as_guessing(rates, verdict):
     result = concluded(STUDY, metrics)
     assert result["failed"] == STUDY.mode("default").seeds * len(rates)
     assert result["verdict"] == verdict
+
+
+def test_the_test_error_is_that_of_the_rate_with_the_lowest_training_loss():
+    """At another rate the deep plain network errs less; that one does not count."""
+
+    def metrics(cell):
+        found = made_up(2.0, plain_error=0.5)(cell)
+        return found | ({"error": 0.01} if cell["rate"] == 0.3 else {})
+
+    assert verdicts(concluded(STUDY, metrics))["test-error"] == "SUPPORTED"
+
+
+def test_losses_are_measured_with_statistics_of_the_training_set():
+    """In evaluation mode as in training mode on one batch of all images; test images by these."""
+    cell = {"net": "plain", "depth": 8, "rate": 0.1, "steps": 3, "seed": 0}
+    found = STUDY.measure(cell)
+    torch.manual_seed(0)
+    wiring = module.WIRINGS["plain"]
+    model = ResNet(ResNetConfig(depth=8, width=module.WIDTH, wiring=wiring, channels=1))
+    bench.trained(model, bench.digits(), 0, **bench.SGD | {"lr": 0.1, "steps": 3})
+    stale, _ = bench.loss_on(model, *bench.test_set(bench.digits()))
+    x, y = bench.training_set(bench.digits())
+    logits = model.train()(x)
+    assert found["train"] == pytest.approx(F.cross_entropy(logits, y).item(), rel=1e-3)
+    wrong = (logits.argmax(1) != y).float().mean().item()
+    assert found["train_error"] == pytest.approx(wrong, abs=2e-3)
+    assert found["test"] != pytest.approx(stale, rel=1e-2)
 
 
 @pytest.mark.slow
