@@ -124,7 +124,7 @@ def _gain(rows: Rows, metric: str, depth: int) -> float:
 
 def _gain_at_all_depths(rows: Rows) -> float:
     return statistics.fmean(
-        _gain(rows, "error", depth) for depth in sorted(set(rows.column("depth")))
+        _gain(rows, "error", depth) for depth in DEPTHS if depth in rows.column("depth")
     )
 
 
