@@ -100,7 +100,7 @@ def test_the_factor_removed_flips_the_verdict(monkeypatch):
     levels = {"net": ("residual", "rezero"), "depth": (32,), "rate": (1e-2,)}
     study = small(STUDY, factors=levels)
     found = verdicts(concluded(study, study.measure))
-    assert (found["primary"], found["1.42"], found["explodes"]) == (
+    assert (found["primary"], found["1.42b"], found["explodes"]) == (
         "SUPPORTED",
         "REFUTED",
         "SUPPORTED",

@@ -38,7 +38,9 @@ def measure(cell: Mapping[str, Any]) -> dict[str, Any]:
     )
     parameters = sum(p.numel() for p in model.parameters())
     steps = cell["steps"] * cell["length"]
-    run = bench.trained(model, data, cell["seed"], **bench.SGD | {"lr": cell["rate"], "steps": steps})
+    run = bench.trained(
+        model, data, cell["seed"], **bench.SGD | {"lr": cell["rate"], "steps": steps}
+    )
     x, y = bench.training_set(data)
     bench.refit(model, x)
     train, _ = bench.loss_on(model, x, y)
@@ -108,9 +110,9 @@ STUDY = Study(
             "The shortcut makes the model more expressive (here: gives it more to fit with).",
             "捷径提升了模型的表达能力（此处指：可用于拟合的参数更多）。",
         ), by="same-size", stands=False),
-        Claim("1.29", "001", 181, Words(
-            "Beyond 20 layers plain networks degrade.",
-            "普通网络超过 20 层就会退化。",
+        Claim("1.29b", "001", 181, Words(
+            "Beyond 20 layers plain networks degrade (here: with this start and optimiser).",
+            "普通网络超过 20 层就会退化（此处限于这种初始化与优化器）。",
         ), by="plain-rises"),
     ),
     factors={"net": NETS, "depth": DEPTHS, "rate": (0.01, 0.03, 0.1), "length": (1, 5)},

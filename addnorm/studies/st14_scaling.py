@@ -182,9 +182,9 @@ STUDY = Study(
         "没有捷径的归一化并不能治本：加在每层之前，反而使原本平稳的梯度逐层增大。",
     ),
     claims=(
-        Claim("1.42", "001", 280, Words(
-            "The shortcut cures vanishing gradients at the root, so that hundreds of layers train stably.",
-            "捷径从根本上缓解梯度消失，使数百层的网络能稳定训练。",
+        Claim("1.42b", "001", 280, Words(
+            "The shortcut is enough for hundreds of layers to train stably.",
+            "只凭捷径，数百层的网络就能稳定训练。",
         ), stands=False),
         Claim("2.2", "002", 19, Words(
             "The shortcut prevents vanishing and exploding.", "捷径能避免梯度消失和爆炸。",
