@@ -6,7 +6,7 @@ import torch
 
 from addnorm.files import finite
 from addnorm.studies.frame import Mode
-from addnorm.studies.running import plain_values, conclude_study
+from addnorm.studies.running import conclude_study, plain_values
 
 
 def small(study, *, seeds=6, factors=None, **settings):

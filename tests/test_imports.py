@@ -42,7 +42,8 @@ ALLOWED = {
     },
     "targets": {"data", "files", "interop", "plugins", "probe", "runs", "training"},
     "studies": {
-        "branches", "contract", "cost", "data", "files", "models", "norms", "probe", "training", "twins",
+        "branches", "contract", "cost", "data", "files", "models", "norms", "probe", "training",
+        "twins",
     },
     "cli": {
         "comparison", "contract", "data", "facts", "files", "models", "plugins", "probe", "reports",

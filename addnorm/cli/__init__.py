@@ -27,7 +27,8 @@ NETWORKS = ("compare", "train")  # whose options depend on the network
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code.
 
-    0 fine, 1 a sick verdict of `xray` or a refuted study of `study`, 2 bad input, 70 internal error, 130 interrupted.
+    0 fine, 1 a sick verdict of `xray` or a refuted one of `study`, 2 bad input, 70 internal error,
+    130 interrupted.
     """
     try:
         return _dispatch(list(sys.argv[1:] if argv is None else argv))
