@@ -225,11 +225,11 @@ STUDY = Study(
     ),
     lesson=Words(
         "Plain blocks hardly learn to copy, blocks with shortcuts do. For one block that is a matter of "
-        "where it starts: with the target -x the shortcut is a burden. For several blocks it helps with "
-        "any target. Copying does not ask for weights near zero, nor a plain layer for the matrix I; "
+        "where it starts: with the target -x the shortcut is a burden. For four blocks it lowers "
+        "the error about eightfold for -x too. Copying does not ask for weights near zero, nor a plain layer for the matrix I; "
         "and a branch with all weights at zero cannot learn at all.",
         "没有捷径的块很难学会复制输入，有捷径的块则容易。只有一个块时，关键在于起点：目标换成 -x，捷径反成负担。"
-        "块有好几个时，捷径对任何目标都有利。复制输入并不需要权重接近零，普通层也不必是单位矩阵；而权重全为零的分支"
+        "有四个块时，对目标 -x，捷径也使误差降到约八分之一。复制输入并不需要权重接近零，普通层也不必是单位矩阵；而权重全为零的分支"
         "根本学不动。",
     ),
     claims=(
