@@ -277,7 +277,8 @@ def _compare(
     jobs = config.jobs or (1 if device.type == "cuda" else joblib.cpu_count())
     parallel = joblib.Parallel(n_jobs=min(jobs, len(waiting)) or 1, return_as="generator_unordered")
     run = joblib.delayed(_train_cell)
-    for cell in parallel(run(c, str(device), folder, tuple(plugins)) for c in waiting):
+    place = folder and folder.absolute()  # a worker that is used again may stand elsewhere
+    for cell in parallel(run(c, str(device), place, tuple(plugins)) for c in waiting):
         result["cells"].append(cell)
         observer.finished(cell)
     order = {cell.key: i for i, cell in enumerate(cells)}

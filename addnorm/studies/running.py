@@ -121,7 +121,7 @@ def _measured(
     run = joblib.delayed(_run_cell)
     waiting = [(c, key) for c in courses for key in c.cells if key not in c.rows]
     tasks = (
-        run(c.study.measure, c.study.id, c.cells[key], key, out)
+        run(c.study.measure, c.study.id, c.cells[key], key, out.absolute())
         for c, key in waiting
         if time.monotonic() < ends and not c.error
     )
