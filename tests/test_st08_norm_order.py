@@ -71,7 +71,7 @@ def test_quick_mode_can_answer_the_secondary_claims():
 
 @pytest.mark.parametrize(
     ("status", "loss", "expected"),
-    [("finished", 2.5, 2.5), ("finished", 9.0, module.UNIFORM), ("diverged", 9.0, math.nan)],
+    [("finished", 2.5, 2.5), ("finished", 9.0, module.bench.UNIFORM), ("diverged", 9.0, math.nan)],
 )
 def test_no_training_counts_as_worse_than_guessing(monkeypatch, status, loss, expected):
     def trained(model, data, seed, **settings):

@@ -18,7 +18,7 @@ def made_up(**losses):
     def metrics(cell):
         wobble = 0.02 * math.sin(3 * cell["seed"] + 1)
         known = {"both": 2.6, "norm": STUCK, "neither": STUCK, "rezero": 2.6} | losses
-        skip = 2.7 if cell["embedding"] == 0.1 else module.UNIFORM
+        skip = 2.7 if cell["embedding"] == 0.1 else module.bench.UNIFORM
         return {
             **dict.fromkeys(("loss", "train"), known.get(cell["net"], skip) + wobble),
             "fades": {"neither": 6.0, "norm": -0.5}.get(cell["net"], 0.0) + wobble,

@@ -72,7 +72,7 @@ def test_quick_mode_can_answer_the_secondary_claims():
 def test_positions_of_a_network_that_diverged_count_as_guessing(monkeypatch):
     monkeypatch.setattr(module, "position_losses", lambda model: [2.0, 9.0, math.nan])
     cell = {"net": "v6", "depth": 1, "rate": 1e-2, "steps": 1, "seed": 0}
-    assert module.measure(cell)["position"] == [2.0, module.UNIFORM, module.UNIFORM]
+    assert module.measure(cell)["position"] == [2.0, module.bench.UNIFORM, module.bench.UNIFORM]
 
 
 def test_a_training_that_diverged_counts_as_guessing():

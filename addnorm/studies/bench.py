@@ -27,6 +27,8 @@ from addnorm.training.run import Data, Run
 from addnorm.training.tune import Choice
 
 CHANCE = math.log(10)  # nats, of guessing one of ten digits
+UNIGRAM = 3.27  # nats: the built-in text, guessed by the frequency of its characters
+UNIFORM = math.log(103)  # nats: its characters, guessed as equally frequent
 SGD: dict[str, Any] = {
     "batch": 128,
     "optimizer": "sgd",

@@ -35,8 +35,6 @@ LAYERS = 12  # depth of the profile over layers and of the trainings
 WIRINGS = {"pre": "prenorm", "post": "postnorm"}
 START = "fairseq"  # Xavier's, as fairseq has it: gain 1/sqrt(2) for queries, keys and values
 RATE = 1e-3
-UNIGRAM = 3.27  # nats: the built-in text, guessed by the frequency of its characters
-UNIFORM = math.log(103)  # nats: its characters, guessed as equally frequent
 POWER = Words("exponent of the depth", "深度的指数")
 NATS = Words("nats", "nat")
 
@@ -57,8 +55,8 @@ def measure(cell: Mapping[str, Any]) -> dict[str, Any]:
     shown = range(0, steps - steps % 10, 10)
     finished = run.status == "finished"
     return found | {
-        "loss": min(run.validation, UNIFORM) if finished else math.nan,
-        "train": min(run.training_loss, UNIFORM) if finished else math.nan,
+        "loss": min(run.validation, bench.UNIFORM) if finished else math.nan,
+        "train": min(run.training_loss, bench.UNIFORM) if finished else math.nan,
         "curve": [float(np.mean(run.losses[i : i + 10])) for i in shown],
         "step": [i + 5 for i in shown],
     }
@@ -201,9 +199,9 @@ STUDY = Study(
     skip=lambda cell: cell["norm"] == "pre" and cell["rate"] < RATE,
     measure=measure,
     metrics={
-        "loss": Metric(Words("validation loss", "验证损失"), NATS, UNIFORM),
+        "loss": Metric(Words("validation loss", "验证损失"), NATS, bench.UNIFORM),
         "train": Metric(Words("training loss, last tenth of the steps", "最后十分之一步数的训练损失"),
-                        NATS, UNIFORM),
+                        NATS, bench.UNIFORM),
         "curve": Metric(Words("training loss", "训练损失"), NATS),
         "step": Metric(Words("step", "步数")),
         "depth": Metric(Words("layers", "层数")),
@@ -290,14 +288,14 @@ STUDY = Study(
             Words(f"Training at a rate of {RATE:g}", f"学习率 {RATE:g} 时的训练"),
             x="step", y="curve", color="norm", facet="warmup", only={"rate": RATE},
             x_title=Words("step", "步"),
-            reference=UNIGRAM,
+            reference=bench.UNIGRAM,
             reference_title=Words("guessing by frequency", "按字符频率猜测"),
         ),
         Plot(
             "dots", Words("Validation loss of post-norm", "post-norm 的验证损失"),
             x="warmup", y="loss", color="rate", only={"norm": "post"},
             x_title=Words("warm-up, as a share of the steps", "预热占总步数的比例"),
-            reference=UNIGRAM,
+            reference=bench.UNIGRAM,
             reference_title=Words("guessing by frequency", "按字符频率猜测"),
         ),
         Plot(

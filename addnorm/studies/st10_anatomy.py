@@ -168,7 +168,7 @@ STUDY = Study(
         "variance": Metric(Words("mean square of the stream", "残差流的均方")),
         "late": Metric(Words("share of the growth in the second half", "后一半层占总增长的份额")),
         "lens": Metric(Words("loss of the logit lens", "logit lens 的损失"), Words("nats", "nat")),
-        "loss": Metric(Words("validation loss", "验证损失"), Words("nats", "nat"), failed=3.27),  # unigram
+        "loss": Metric(Words("validation loss", "验证损失"), Words("nats", "nat"), failed=bench.UNIGRAM),
         "layer": Metric(Words("layers so far", "已经过的层数")),
         "step": Metric(Words("layer", "层")),
     },

@@ -37,8 +37,6 @@ STARTS: dict[float, EmbeddingStart] = {
     1.0: "torch",
 }  # standard deviation of the embeddings
 FAINTEST = math.sqrt(torch.finfo(torch.float32).tiny)  # an RMS below has squares that underflow
-UNIGRAM = 3.27  # nats: the built-in text, guessed by the frequency of its characters
-UNIFORM = math.log(103)  # nats: its characters, guessed as equally frequent
 NATS = Words("nats", "nat")
 
 
@@ -67,8 +65,8 @@ def measure(cell: Mapping[str, Any]) -> dict[str, Any]:
     shown = range(0, len(run.losses) - len(run.losses) % 10, 10)
     finished = run.status == "finished"
     return {
-        "loss": min(run.validation, UNIFORM) if finished else math.nan,
-        "train": min(run.training_loss, UNIFORM) if finished else math.nan,
+        "loss": min(run.validation, bench.UNIFORM) if finished else math.nan,
+        "train": min(run.training_loss, bench.UNIFORM) if finished else math.nan,
         "curve": [float(np.mean(run.losses[i : i + 10])) for i in shown],
         "step": [i + 5 for i in shown],
         "layer": list(range(LAYERS + 1)),
@@ -156,9 +154,9 @@ STUDY = Study(
     skip=lambda cell: cell["net"] == "neither" and cell["embedding"] < 1,
     measure=measure,
     metrics={
-        "loss": Metric(Words("validation loss", "验证损失"), NATS, UNIFORM),
+        "loss": Metric(Words("validation loss", "验证损失"), NATS, bench.UNIFORM),
         "train": Metric(Words("training loss, last tenth of the steps", "最后十分之一步数的训练损失"),
-                        NATS, UNIFORM),
+                        NATS, bench.UNIFORM),
         "curve": Metric(Words("training loss", "训练损失"), NATS),
         "step": Metric(Words("step", "步数")),
         "layer": Metric(Words("layers passed", "已经过的层数")),
@@ -239,13 +237,13 @@ STUDY = Study(
             "profile", Words("Training, embeddings N(0, 1)", "训练，词嵌入服从 N(0, 1)"),
             x="step", y="curve", color="net", facet="rate", log_y=True, only={"embedding": 1.0},
             x_title=Words("step", "步"),
-            reference=UNIGRAM,
+            reference=bench.UNIGRAM,
             reference_title=Words("guessing by frequency", "按字符频率猜测"),
         ),
         Plot(
             "dots", Words("Validation loss", "验证损失"),
             x="net", y="loss", color="rate", facet="embedding",
-            reference=UNIGRAM,
+            reference=bench.UNIGRAM,
             reference_title=Words("guessing by frequency", "按字符频率猜测"),
         ),
         Plot(

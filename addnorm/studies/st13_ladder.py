@@ -30,8 +30,6 @@ from addnorm.training.config import BABYGPT
 CONTEXT = 8
 RATES = (1e-3, 1e-2)  # the ladder's own is 1e-2
 PRESETS = {name: f"babygpt-{name}" for name in ("v6", "v7", "v8", "v9")}
-UNIGRAM = 3.27  # nats: the built-in text, guessed by the frequency of its characters
-UNIFORM = math.log(103)  # nats: its characters, guessed as equally frequent
 NATS = Words("nats", "nat")
 
 
@@ -46,12 +44,14 @@ def measure(cell: Mapping[str, Any]) -> dict[str, Any]:
     shown = range(0, len(run.losses) - len(run.losses) % 50, 50)
     finished = run.status == "finished"
     return {
-        "loss": min(run.validation, UNIFORM) if finished else math.nan,
-        "train": min(run.training_loss, UNIFORM) if finished else math.nan,
+        "loss": min(run.validation, bench.UNIFORM) if finished else math.nan,
+        "train": min(run.training_loss, bench.UNIFORM) if finished else math.nan,
         "curve": [float(np.mean(run.losses[i : i + 50])) for i in shown],
         "step": [i + 25 for i in shown],
         "seen": list(range(1, CONTEXT + 1)),
-        "position": [loss if loss < UNIFORM else UNIFORM for loss in position_losses(model)],
+        "position": [
+            loss if loss < bench.UNIFORM else bench.UNIFORM for loss in position_losses(model)
+        ],
         "parameters": sum(p.numel() for p in model.parameters()),
     }
 
@@ -157,9 +157,9 @@ STUDY = Study(
     skip=lambda cell: cell["net"] in ("v8", "v9") and cell["depth"] != 3,
     measure=measure,
     metrics={
-        "loss": Metric(Words("validation loss", "验证损失"), NATS, UNIFORM),
+        "loss": Metric(Words("validation loss", "验证损失"), NATS, bench.UNIFORM),
         "train": Metric(Words("training loss, last tenth of the steps", "最后十分之一步数的训练损失"),
-                        NATS, UNIFORM),
+                        NATS, bench.UNIFORM),
         "curve": Metric(Words("training loss", "训练损失"), NATS),
         "step": Metric(Words("step", "步数")),
         "seen": Metric(Words("characters seen", "已看到的字符数")),
@@ -236,7 +236,7 @@ STUDY = Study(
             "lines", Words("Validation loss by depth", "验证损失与深度"),
             x="depth", y="loss", color="net", facet="rate",
             x_title=Words("blocks", "块数"),
-            reference=UNIGRAM,
+            reference=bench.UNIGRAM,
             reference_title=Words("guessing by frequency", "按字符频率猜测"),
         ),
         Plot(

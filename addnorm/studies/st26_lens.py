@@ -98,7 +98,7 @@ STUDY = Study(
         "rise": Metric(Words("largest rise from a layer to the next", "相邻两层间损失的最大上升"), NATS),
         "rising": Metric(Words("layers behind which the loss is higher", "使损失上升的层数")),
         "half": Metric(Words("first choice as the model's at half depth", "半深处首选与模型一致的比例")),
-        "loss": Metric(Words("validation loss", "验证损失"), NATS, failed=3.27),  # unigram
+        "loss": Metric(Words("validation loss", "验证损失"), NATS, failed=bench.UNIGRAM),
         "layer": Metric(Words("layers so far", "已经过的层数")),
     },
     primary=Contrast(
