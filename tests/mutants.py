@@ -713,12 +713,11 @@ def judged(mutants, paths, tests, jobs=2, progress=False):
         "xdist",
         "logging",
         "cacheprovider",
-        "faulthandler",
         "unraisableexception",
         "threadexception",
     ]
     options = [*quiet, *(word for name in off for word in ("-p", f"no:{name}"))]
-    options += ["-o", "addopts="]
+    options += ["-o", "addopts=", "-o", "faulthandler_timeout=0"]  # SIGALRM ends what hangs
     pytest.main([*options, *map(str, tests)], plugins=[judge])
     return judge
 
