@@ -154,6 +154,7 @@ def test_all_leaves_the_heavy_ones_to_long(monkeypatch, capsys):
     [
         (["degredation"], "unknown study 'degredation'; did you mean 'degradation'? (known: "),
         (["99"], "unknown study '99' (known: "),
+        (["erata"], "unknown study 'erata'; did you mean 'errata'? (known: "),
         (["plus-one", "--quick", "--long"], "--quick and --long exclude each other"),
         (["plus-one", "--all"], "--all runs every study; leave the names out"),
         (["errata", "plus-one"], "errata stands alone: addnorm study errata"),
@@ -184,6 +185,18 @@ def test_a_torn_result_is_named(tmp_path, capsys):
     (tmp_path / "studies").mkdir()
     (tmp_path / "studies" / "plus-one.json").write_text("{")
     assert refused(capsys, "study").startswith("studies/plus-one.json is not JSON")
+
+
+def test_a_result_of_another_schema_counts_as_none(tmp_path, capsys):
+    """Neither a later call that lists nor one that runs with a small budget trips over it."""
+    folder = tmp_path / "studies"
+    folder.mkdir()
+    (folder / "arithmetic.json").write_text('{"schema": 0, "name": "arithmetic"}')
+    assert main(["study"]) == 0
+    assert main([*RUN, "--lang", "en"]) == 0
+    assert main(["study", "arithmetic"]) == 0
+    capsys.readouterr()
+    assert json.loads((folder / "arithmetic.json").read_text())["verdict"] == "SUPPORTED"
 
 
 # -- what is printed ---------------------------------------------------------------------------

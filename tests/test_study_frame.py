@@ -227,6 +227,16 @@ def test_every_study_has_both_languages_its_own_number_and_name():
         assert all("\u4e00" <= c <= "\u9fff" or c for c in study.title.zh), study.id
 
 
+@pytest.mark.parametrize("mode", ["quick", "default", "long"])
+def test_every_mode_has_the_seeds_for_a_verdict_on_every_contrast(mode):
+    """The least p of n seeds, 2 / 2^n, times the secondary contrasts among which Holm divides."""
+    for study in all_studies():
+        drawn = [c.rule != "exact" for c in study.contrasts]
+        least = 2 * 0.5 ** study.mode(mode).seeds
+        assert not drawn[0] or least <= 0.05, study.id
+        assert least * sum(drawn[1:]) <= 0.05, study.id
+
+
 # -- running -----------------------------------------------------------------------------------
 
 

@@ -32,6 +32,7 @@ from addnorm.reports.study_words import (
     test_line,
     verdict_in,
 )
+from addnorm.studies.frame import is_result
 
 STRIP = 150  # pixels, of the effects of a secondary contrast
 
@@ -39,7 +40,7 @@ STRIP = 150  # pixels, of the effects of a secondary contrast
 def results_in(out: Path) -> list[dict[str, Any]]:
     """Return the results of studies among the JSON files of a folder, in the order of their ids."""
     found = [read_json(path) for path in sorted(out.glob("*.json"))]
-    results = [r for r in found if isinstance(r, dict) and "schema" in r and "contrasts" in r]
+    results = [result for result in found if is_result(result)]
     return sorted(results, key=lambda result: str(result["id"]))
 
 

@@ -36,6 +36,6 @@ def find_studies(wanted: Sequence[str]) -> list[Study]:
         number = re.fullmatch(r"(?:st-?)?(\d{1,2})", name.lower())
         study = by_number.get(int(number[1])) if number else known.get(name.lower())
         if study is None:
-            raise ValueError(unknown("study", name, known))
+            raise ValueError(unknown("study", name, [*known, "errata"]))
         found[study.id] = study
     return list(found.values())

@@ -29,10 +29,8 @@ import torch
 from addnorm import __version__
 from addnorm.files import finite, read_json, write_json
 from addnorm.studies import all_studies
-from addnorm.studies.frame import Contrast, Rows, Study
+from addnorm.studies.frame import SCHEMA, Contrast, Rows, Study, is_result
 from addnorm.studies.verdict import SEEDS, Judgement, judge, judge_all
-
-SCHEMA = 1
 
 
 class StudyObserver:
@@ -171,9 +169,9 @@ def _file(out: Path, key: str) -> Path:
 def _keep(result: dict[str, Any], out: Path) -> None:
     """Write the result, unless a budget has cut it short and a whole one is there."""
     path = out / f"{result['name']}.json"
-    if len(result["seeds"]) < result["planned"] and path.exists():
-        before = read_json(path)
-        if len(before["seeds"]) == before["planned"]:
+    if len(result["seeds"]) < result["planned"]:
+        before = _last_result(path)
+        if before and len(before["seeds"]) == before["planned"]:
             return
     write_json(path, result)
 
@@ -428,8 +426,14 @@ def summary(result: Mapping[str, Any]) -> dict[str, Any]:
 
 def last_results(out: Path) -> list[dict[str, Any]]:
     """Return the last result of every study that `out` holds one of, in their order."""
-    paths = [(study, out / f"{study.name}.json") for study in all_studies()]
-    return [dict(read_json(path)) for _, path in paths if path.exists()]
+    found = [_last_result(out / f"{study.name}.json") for study in all_studies()]
+    return [result for result in found if result]
+
+
+def _last_result(path: Path) -> dict[str, Any]:
+    """Return the result in the file; nothing where it is missing or of another schema."""
+    found = read_json(path) if path.exists() else {}
+    return dict(found) if is_result(found) else {}
 
 
 def last_verdicts(out: Path) -> list[dict[str, Any]]:

@@ -261,7 +261,7 @@ STUDY = Study(
     modes={
         "quick": Mode(9, 0.5, {"depth": (56, 100)}),
         "default": Mode(10, 0.7),
-        "long": Mode(40, 6, {"depth": (10, 20, 56, 100, 200)}),
+        "long": Mode(10, 1.7, {"depth": (10, 20, 56, 100, 200)}),
     },
     plots=(
         Plot(

@@ -252,7 +252,7 @@ STUDY = Study(
             limit=1e-9, rule="exact", name="not-a-mean",
         ),
     ),
-    modes={"quick": Mode(8, 0.1), "default": Mode(12, 0.1), "long": Mode(100, 0.5)},
+    modes={"quick": Mode(8, 0.1), "default": Mode(12, 0.1)},
     plots=(
         Plot("dots", Words("Directions that shrink", "被缩小的方向"), x="spread", y="attenuated",
              x_title=Words("ρ, size of J", "ρ，J 的大小")),

@@ -176,7 +176,7 @@ STUDY = Study(
     modes={
         "quick": Mode(8, 1.5, {"depth": (8, 20, 32, 56), "rate": (0.03,)}, {"steps": 120}),
         "default": Mode(8, 4, settings={"steps": 225}),
-        "long": Mode(12, 12, {"rate": (0.003, 0.01, 0.03, 0.1)}, {"steps": 225}),
+        "long": Mode(8, 5.5, {"rate": (0.003, 0.01, 0.03, 0.1)}, {"steps": 225}),
     },
     plots=(
         Plot(

@@ -367,7 +367,6 @@ STUDY = Study(
     modes={
         "quick": Mode(8, 1.5, settings={"steps": 100, "rates": 2}),
         "default": Mode(8, 6, settings={"steps": 225, "rates": 4}),
-        "long": Mode(8, 15, settings={"steps": 450, "rates": 5}),
     },
     plots=(
         Plot(

@@ -368,7 +368,6 @@ STUDY = Study(
     modes={
         "quick": Mode(8, 1, {"variant": QUICK, "rate": (RATE,)}, {"steps": 80}),
         "default": Mode(8, 7.4, settings={"steps": 150}),
-        "long": Mode(8, 60, {"rate": (0.01, 0.02, RATE, 0.1)}, {"steps": 600}),
     },
     plots=(
         Plot(

@@ -255,7 +255,7 @@ STUDY = Study(
     modes={
         "quick": Mode(8, 0.3, {"depth": (4, 8, 20), "rate": (0.05,)}, {"steps": CAP}),
         "default": Mode(12, 1.2, settings={"steps": CAP}),
-        "long": Mode(20, 8, {"depth": (*DEPTHS, 32), "rate": (0.01, *RATES)}, {"steps": CAP}),
+        "long": Mode(12, 4, {"depth": (*DEPTHS, 32), "rate": (0.01, *RATES)}, {"steps": CAP}),
     },
     plots=(
         Plot(

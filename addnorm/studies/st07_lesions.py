@@ -509,7 +509,6 @@ STUDY = Study(
     modes={
         "quick": Mode(9, 1.3, settings={"steps": 100, "samples": 8, "paths": 3}),
         "default": Mode(12, 3, settings={"steps": 330, "samples": 32, "paths": 12}),
-        "long": Mode(12, 10, settings={"steps": 1100, "samples": 64, "paths": 40}),
     },
     plots=(
         Plot(

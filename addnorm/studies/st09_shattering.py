@@ -210,7 +210,7 @@ STUDY = Study(
     modes={
         "quick": Mode(8, 0.3, {"depth": (1, 10, 24, 50)}),
         "default": Mode(16, 0.6),
-        "long": Mode(50, 4, {"depth": (1, 2, 4, 10, 24, 50, 100)}),
+        "long": Mode(16, 1.6, {"depth": (1, 2, 4, 10, 24, 50, 100)}),
     },
     plots=(
         Plot(

@@ -238,9 +238,8 @@ STUDY = Study(
         ),
     ),
     modes={
-        "quick": Mode(6, 1, settings={"steps": 100}),
+        "quick": Mode(8, 1.3, settings={"steps": 100}),
         "default": Mode(8, 3.3, settings={"steps": 300}),
-        "long": Mode(8, 20, settings={"steps": 2000}),
     },
     plots=(
         Plot(

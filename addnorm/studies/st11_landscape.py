@@ -282,9 +282,8 @@ STUDY = Study(
         ),
     ),
     modes={
-        "quick": Mode(6, 1, {"depth": (8, 20)}, {"directions": 2}),
+        "quick": Mode(8, 1.3, {"depth": (8, 20)}, {"directions": 2}),
         "default": Mode(8, 3, settings={"directions": 5}),
-        "long": Mode(16, 10, settings={"directions": 8}),
     },
     plots=(
         Plot(

@@ -230,7 +230,6 @@ STUDY = Study(
     modes={
         "quick": Mode(8, 1.8, {"embedding": (1.0,)}, {"steps": 80}),
         "default": Mode(8, 7.3, settings={"steps": 200}),
-        "long": Mode(8, 42, {"rate": (3e-4, 1e-3, 3e-3, 1e-2)}, {"steps": 600}),
     },
     plots=(
         Plot(

@@ -259,8 +259,7 @@ STUDY = Study(
     modes={
         "quick": Mode(8, 1.5, {"depth": (SHALLOW,), "rate": (1e-2,)}, {"steps": CAP}),
         "default": Mode(8, 7, settings={"steps": CAP}),
-        "long": Mode(8, 25, {"rate": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), "depth": (8, SHALLOW, 128)},
-                     {"steps": CAP}),
+        "long": Mode(8, 10, {"rate": (*RATES, 3e-2), "depth": (8, SHALLOW, 128)}, {"steps": CAP}),
     },
     plots=(
         Plot(

@@ -217,7 +217,6 @@ STUDY = Study(
     modes={
         "quick": Mode(8, 2.3, {"wiring": ("pre-norm", "post-norm", "LNS")}, {"steps": 250}),
         "default": Mode(8, 9, settings={"steps": 500}),
-        "long": Mode(8, 32, settings={"steps": 2000}),
     },
     plots=(
         Plot(

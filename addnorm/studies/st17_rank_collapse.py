@@ -289,7 +289,7 @@ STUDY = Study(
             limit=3.0, unit=DECADES, name="printed-collapses",
         ),
     ),
-    modes={"quick": Mode(8, 0.2), "default": Mode(12, 0.3), "long": Mode(48, 1)},
+    modes={"quick": Mode(8, 0.2), "default": Mode(12, 0.3)},
     plots=(
         Plot(
             "profile", Words("Spread of the tokens by layer", "逐层的词元离散程度"),

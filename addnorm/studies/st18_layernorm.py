@@ -315,7 +315,7 @@ STUDY = Study(
             unit=Words("doublings", "翻倍"), name="data-size",
         ),
     ),
-    modes={"quick": Mode(8, 0.2), "default": Mode(12, 0.3), "long": Mode(48, 2)},
+    modes={"quick": Mode(8, 0.2), "default": Mode(12, 0.3)},
     plots=(
         Plot(
             "profile", Words("BatchNorm: noise of one example's output", "BatchNorm：同一样本输出的噪声"),

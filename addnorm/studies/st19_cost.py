@@ -257,7 +257,6 @@ STUDY = Study(
     modes={
         "quick": Mode(8, 0.3, settings={"repeats": 30}),
         "default": Mode(12, 0.5, settings={"repeats": 60}),
-        "long": Mode(24, 4, settings={"repeats": 200}),
     },
     plots=(
         Plot(

@@ -726,7 +726,6 @@ STUDY = Study(
     modes={
         "quick": Mode(3, 0.1),
         "default": Mode(8, 0.2),
-        "long": Mode(30, 0.7),
     },
     plots=(
         Plot("dots", Words("Failed checks of each block", "各块未通过的检查数"), x="twin",

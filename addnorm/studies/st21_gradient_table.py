@@ -359,7 +359,6 @@ STUDY = Study(
     modes={
         "quick": Mode(8, 0.1, settings={"starts": 60}),
         "default": Mode(8, 0.2, settings={"starts": 125}),
-        "long": Mode(20, 2, settings={"starts": 500}),
     },
     plots=(
         Plot("profile", Words("The printed gradients, layer 0 to 4", "打印的梯度，第 0 至 4 层"), x="layer",

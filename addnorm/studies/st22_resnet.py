@@ -175,7 +175,6 @@ STUDY = Study(
     modes={
         "quick": Mode(7, 0.8, {"rate": (0.03,)}, {"steps": 120}),
         "default": Mode(8, 5, settings={"steps": 225}),
-        "long": Mode(8, 31, {"depth": (20, 56, 110), "rate": (0.01, 0.03, 0.1, 0.3)}, {"steps": 450}),
     },
     plots=(
         Plot("lines", Words("Training loss after training, by depth", "训练结束时的训练损失与深度"), x="depth",

@@ -165,7 +165,6 @@ STUDY = Study(
     modes={
         "quick": Mode(7, 1.8, settings={"steps": 100, "rate": 0.05}),
         "default": Mode(8, 4.5, settings={"steps": 300, "rate": 0.05}),
-        "long": Mode(12, 25, settings={"steps": 900, "rate": 0.05}),
     },
     plots=(
         Plot("dots", Words("Test error", "测试错误率"), x="length", y="error", color="net"),

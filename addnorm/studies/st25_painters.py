@@ -242,9 +242,8 @@ STUDY = Study(
         ),
     ),
     modes={
-        "quick": Mode(6, 1.7, settings={"steps": 200}),
+        "quick": Mode(8, 2.3, settings={"steps": 200}),
         "default": Mode(8, 3.7, settings={"steps": 500}),
-        "long": Mode(8, 15, settings={"steps": 2000}),
     },
     plots=(
         Plot(

@@ -140,9 +140,8 @@ STUDY = Study(
         ),
     ),
     modes={
-        "quick": Mode(6, 1.5, settings={"steps": 200}),
+        "quick": Mode(8, 2, settings={"steps": 200}),
         "default": Mode(8, 3.5, settings={"steps": 500}),
-        "long": Mode(8, 14, settings={"steps": 2000}),
     },
     plots=(
         Plot(

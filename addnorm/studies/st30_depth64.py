@@ -184,7 +184,6 @@ STUDY = Study(
             "layerscale", "highway", "constant-scaling", "linear-shortcut", "residual/gpt2",
         )}, {"steps": 60}),
         "default": Mode(8, 20, settings={"steps": 100}),
-        "long": Mode(8, 60, settings={"steps": 300}),
     },
     plots=(
         Plot(

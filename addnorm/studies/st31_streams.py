@@ -174,9 +174,8 @@ STUDY = Study(
         ),
     ),
     modes={
-        "quick": Mode(6, 3, {"wiring": ("prenorm", *STREAMS)}, {"steps": 60, "rate": 2e-3}),
+        "quick": Mode(7, 3.5, {"wiring": ("prenorm", *STREAMS)}, {"steps": 60, "rate": 2e-3}),
         "default": Mode(8, 12, settings={"steps": 150, "rate": 2e-3}),
-        "long": Mode(8, 60, {"rate": (1e-3, 2e-3, 4e-3)}, {"steps": 200}),
     },
     plots=(
         Plot(

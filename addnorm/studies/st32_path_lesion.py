@@ -294,7 +294,6 @@ STUDY = Study(
         "quick": Mode(8, 1.5, {"wiring": ("pre-norm", "post-norm", "LayerScale 0.1", "peri-norm")},
                       {"steps": 120}),
         "default": Mode(8, 5, settings={"steps": 300}),
-        "long": Mode(8, 30, settings={"steps": 2000}),
     },
     plots=(
         Plot(
