@@ -7,7 +7,7 @@ from torch import nn
 
 from addnorm import twins
 from addnorm.models.residual_layer import ResidualLayer
-from addnorm.studies import drawings
+from addnorm.studies import clinic_examination, drawings
 from addnorm.studies import st20_clinic as module
 
 STUDY = module.STUDY
@@ -149,7 +149,7 @@ def test_a_sick_module_in_place_of_the_healthy_one(monkeypatch):
 
 
 def test_a_blind_linter(monkeypatch):
-    monkeypatch.setattr(module, "lint", lambda *_, **__: [])
+    monkeypatch.setattr(clinic_examination, "lint", lambda *_, **__: [])
     assert verdict_of("002 batch-mixer", "002 stream-dropout", "004 unbiased") == 6
     assert verdict_of("004 doubled", "000 v9-drawing") == 0  # the stream itself is looked at
 
