@@ -18,8 +18,10 @@ from addnorm.models import residual_layer
 from addnorm.reports.errata import errata_markdown, print_errata, write_docs
 from addnorm.reports.glossary import glossary_markdown, reading_markdown
 from addnorm.studies import all_studies
+from addnorm.studies.checks import CHECKS, prove
+from addnorm.studies.checks.doc000 import DRAWN
+from addnorm.studies.checks.doc003 import PRINTED
 from addnorm.studies.errata import bibliography, check_errata, load_errata
-from addnorm.studies.errata_checks import CHECKS, DRAWN, PRINTED, prove
 from addnorm.studies.texts import load_glossary, load_reading
 
 ROOT = Path(addnorm.studies.__file__).parent.parent.parent

@@ -1,6 +1,6 @@
 """The errata of the five documents: what is wrong in them, what is right, and what proves it.
 
-`errata.toml` holds them; a check of a second (`errata_checks`), the verdict of a study, a citation
+`errata.toml` holds them; a check of a second (`checks`), the verdict of a study, a citation
 or the text itself decides each.
 """
 
@@ -16,7 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from addnorm.studies.errata_checks import CHECKS, prove
+from addnorm.studies.checks import CHECKS, prove
 from addnorm.studies.frame import Words
 
 Severity = Literal["A", "B", "C", "D"]
@@ -50,7 +50,7 @@ class Erratum:
     also: tuple[str, ...] = ()
     """the same error in other documents, "004:9" """
     check: str = ""
-    """the function of `errata_checks` that decides, where the proof is run"""
+    """the function of `checks` that decides, where the proof is run"""
     study: str = ""
     """ "ST-04": decides where the proof is study, and is further evidence elsewhere"""
     claim: str = ""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from addnorm import twins
 from addnorm.models.mlp import MLP, MLPConfig
-from addnorm.studies.errata_checks import PRINTED
+from addnorm.studies.checks.doc003 import PRINTED
 from addnorm.studies.frame import (
     Claim,
     Contrast,
