@@ -17,10 +17,9 @@ from pathlib import Path
 from addnorm.files import write_json, write_text
 from addnorm.reports.errata import write_docs
 from addnorm.reports.study_docs import gallery_markdown, study_markdown, write_picture
-from addnorm.reports.study_pages import results_in
 from addnorm.studies import all_studies
 from addnorm.studies.errata import check_errata
-from addnorm.studies.running import claim_verdicts, summary
+from addnorm.studies.running import claim_verdicts, last_results, summary
 from addnorm.studies.texts import load_glossary, load_reading
 
 ROOT = Path(__file__).parent.parent
@@ -30,7 +29,7 @@ SUFFIX = {"en": "", "zh": ".zh-CN"}
 
 
 def main(out: Path) -> int:
-    results = results_in(out)
+    results = last_results(out)
     if not results:
         print(f"no result of a study in {out}", file=sys.stderr)
         return 2

@@ -11,11 +11,10 @@ from study_cases import HOSTILE, made_up, measure, result_of, words
 from test_page_browser import CHROMIUM, FLAGS, GLYPHS, drawn, opened, titles
 from test_report_pages import CJK, page_of, rows_of, units
 
-from addnorm.files import write_json
 from addnorm.reports.study_charts import plot_chart
 from addnorm.reports.study_docs import gallery_markdown, picture_of, study_markdown, write_picture
 from addnorm.reports.study_effects import effects_chart
-from addnorm.reports.study_pages import codes, results_in, strip, write_study_pages
+from addnorm.reports.study_pages import codes, strip, write_study_pages
 from addnorm.reports.study_picture import shown_rows
 from addnorm.reports.study_words import (
     amount,
@@ -324,11 +323,7 @@ def test_a_strip_of_a_contrast():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, result, many):
     out = tmp_path_factory.mktemp("studies")
-    write_json(out / "made-up.json", result)
-    write_json(out / "many.json", many)
-    write_json(out / "other.json", {"contrasts": [], "not": "a study"})
-    write_json(out / "list.json", [1, 2])
-    write_study_pages(out)
+    write_study_pages([result, many], out)
     return out
 
 
@@ -379,8 +374,7 @@ def test_a_page_of_a_run_that_the_budget_cut(tmp_path):
     lost = {"effects": [], "effect": None, "interval": [None, None], "p": None, "corrected": None}
     lost["verdict"] = cut["verdict"] = "INCONCLUSIVE"
     cut["contrasts"] = [c | lost for c in cut["contrasts"]]
-    write_json(tmp_path / "made-up.json", cut)
-    write_study_pages(tmp_path)
+    write_study_pages([cut], tmp_path)
     html, data = page_of(tmp_path / "made-up.html")
     text = text_of(html)
     assert "inconclusive" in text
@@ -405,30 +399,25 @@ def test_the_index_lists_verdicts_and_claims(folder):
 
 
 def test_an_empty_folder_has_an_index(tmp_path):
-    write_study_pages(tmp_path)
+    write_study_pages([], tmp_path)
     assert "No result yet." in (tmp_path / "index.html").read_text()
     with pytest.raises(ValueError, match="no language 'de'; take en or zh"):
-        write_study_pages(tmp_path, "de")
+        write_study_pages([], tmp_path, "de")
 
 
-def test_pages_that_are_there_are_kept_where_others_are_named(tmp_path, folder):
+def test_pages_that_are_there_are_kept_where_others_are_named(tmp_path, result, many):
     for name in ("made-up", "many"):
-        (tmp_path / f"{name}.json").write_text((folder / f"{name}.json").read_text())
         (tmp_path / f"{name}.html").write_text("old")
-    write_study_pages(tmp_path, "en", ["many"])
+    write_study_pages([result, many], tmp_path, "en", ["many"])
     assert (tmp_path / "made-up.html").read_text() == "old"
     assert len((tmp_path / "many.html").read_text()) > 100_000
     (tmp_path / "made-up.html").unlink()
-    write_study_pages(tmp_path, "en", [])
+    write_study_pages([result, many], tmp_path, "en", [])
     assert len((tmp_path / "made-up.html").read_text()) > 100_000
 
 
 def test_backticks_are_code():
     assert codes("`a<b` and c`d") == "<code>a&lt;b</code> and c`d"
-
-
-def test_only_results_are_read(folder):
-    assert [r["name"] for r in results_in(folder)] == ["made-up", "many"]
 
 
 @pytest.fixture(scope="module")
@@ -451,8 +440,7 @@ def hostile(tmp_path_factory):
     for row in found["rows"]:
         row["failed"] = row["failed"] or row["net"] == HOSTILE
     out = tmp_path_factory.mktemp("hostile")
-    write_json(out / "made-up.json", found)
-    write_study_pages(out)
+    write_study_pages([found], out)
     return out
 
 

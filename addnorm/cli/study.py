@@ -19,6 +19,7 @@ from addnorm.studies.errata import check_errata
 from addnorm.studies.running import (
     StudyObserver,
     claim_verdicts,
+    last_results,
     last_verdicts,
     run_studies,
     summary,
@@ -80,7 +81,7 @@ def run(options: Options) -> int:
             found = run_studies(
                 studies, mode, out=out, jobs=options.jobs, budget=options.budget, observer=live
             )
-        write_study_pages(out, options.lang, [study.name for study in studies])
+        write_study_pages(last_results(out), out, options.lang, [study.name for study in studies])
     rows = [summary(result) for result in found]
     _show(rows, options, claims=len(rows) <= FEW)
     page = out / (f"{studies[0].name}.html" if len(studies) == 1 else "index.html")

@@ -10,7 +10,6 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from addnorm.files import read_json
 from addnorm.reports.pages import Chart, write_page
 from addnorm.reports.study_charts import plot_chart
 from addnorm.reports.study_effects import effects_chart
@@ -32,25 +31,21 @@ from addnorm.reports.study_words import (
     test_line,
     verdict_in,
 )
-from addnorm.studies.frame import is_result
 
 STRIP = 150  # pixels, of the effects of a secondary contrast
 
 
-def results_in(out: Path) -> list[dict[str, Any]]:
-    """Return the results of studies among the JSON files of a folder, in the order of their ids."""
-    found = [read_json(path) for path in sorted(out.glob("*.json"))]
-    results = [result for result in found if is_result(result)]
-    return sorted(results, key=lambda result: str(result["id"]))
-
-
-def write_study_pages(out: Path, lang: str = "en", names: Sequence[str] | None = None) -> None:
-    """Write `NAME.html` for the results in the folder `out`, and `index.html` with all verdicts.
+def write_study_pages(
+    results: Sequence[Mapping[str, Any]],
+    out: Path,
+    lang: str = "en",
+    names: Sequence[str] | None = None,
+) -> None:
+    """Write `NAME.html` for each result into the folder `out`, and `index.html` with all verdicts.
 
     `names`: the results whose pages are written though they are there; all of them by default.
     `lang`, `en` or `zh`, is what the pages show first. Raises `ValueError` for another one.
     """
-    results = results_in(out)
     for result in results:
         page = out / f"{result['name']}.html"
         if names is None or result["name"] in names or not page.exists():

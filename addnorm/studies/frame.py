@@ -17,7 +17,6 @@ from typing import Any, Literal, NamedTuple
 from addnorm.studies.verdict import Rule, Verdict
 
 MODES = ("quick", "default", "long")
-SCHEMA = 1  # of the result of a study
 Row = Mapping[str, Any]
 
 
@@ -222,8 +221,3 @@ class Study:
                 cell = dict(zip(factors, levels, strict=True))
                 if self.skip is None or not self.skip(cell):
                     yield {**cell, **chosen.settings, "seed": seed}
-
-
-def is_result(value: Any) -> bool:
-    """Return whether this JSON value is the result of a study, and of this schema."""
-    return isinstance(value, dict) and value.get("schema") == SCHEMA and "contrasts" in value

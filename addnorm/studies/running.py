@@ -29,8 +29,10 @@ import torch
 from addnorm import __version__
 from addnorm.files import finite, read_json, write_json
 from addnorm.studies import all_studies
-from addnorm.studies.frame import SCHEMA, Contrast, Rows, Study, is_result
+from addnorm.studies.frame import Contrast, Rows, Study
 from addnorm.studies.verdict import SEEDS, Judgement, judge, judge_all
+
+SCHEMA = 1  # of a result
 
 
 class StudyObserver:
@@ -433,7 +435,7 @@ def last_results(out: Path) -> list[dict[str, Any]]:
 def _last_result(path: Path) -> dict[str, Any]:
     """Return the result in the file; nothing where it is missing or of another schema."""
     found = read_json(path) if path.exists() else {}
-    return dict(found) if is_result(found) else {}
+    return dict(found) if isinstance(found, dict) and found.get("schema") == SCHEMA else {}
 
 
 def last_verdicts(out: Path) -> list[dict[str, Any]]:
