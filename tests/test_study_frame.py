@@ -18,12 +18,11 @@ from study_cases import made_up, result_of, words
 
 from addnorm.studies import all_studies, find_studies, running
 from addnorm.studies.frame import Claim, Contrast, Metric, Mode, Plot, Study
+from addnorm.studies.keys import code_of, keys_of
 from addnorm.studies.running import (
     StudyObserver,
     claim_verdicts,
-    code_of,
     conclude_study,
-    keys_of,
     last_verdicts,
     run_studies,
     summary,
