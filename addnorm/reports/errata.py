@@ -82,9 +82,9 @@ addnorm study errata      # runs every check, in a second, and reads the verdict
 
 The proofs are of four kinds. **run**: a check that computes for a moment and trains nothing; it was
 also tried on the healthy counterpart, where it must not hold. **study**: training decides, and the
-erratum holds where the study refutes the document's claim. **citation**: the source cited says so,
-and nothing is computed. **text**: the document shows it. What a study has not decided is marked as
-such.
+erratum holds where the study refutes the document's claim. **citation**: the source cited says so;
+a study beside it is further evidence, which its small networks need not show. **text**: the
+document shows it. What a study has not decided is marked as such.
 
 Severities:
 
@@ -105,7 +105,8 @@ addnorm study errata --lang zh      # 一秒内运行全部检查，并读取各
 ```
 
 证明分四种。**即时检查**：当场计算，不涉及训练；对应的正确写法也试过，那时它必须不成立。
-**实验**：由训练决定，实验否定了文档的论断，勘误即成立。**文献**：所引文献如此记载，不做计算。
+**实验**：由训练决定，实验否定了文档的论断，勘误即成立。**文献**：所引文献如此记载；
+另附的实验只是旁证，规模小，未必测得出。
 **原文**：文档自身即可看出。实验尚未决定的，会如实标明。
 
 级别：

@@ -165,9 +165,7 @@ def _outcome(erratum: Erratum, verdicts: Mapping[tuple[str, str], str]) -> tuple
     )
     if erratum.proof == "run":
         proof = prove(erratum.check)
-        told = proof.evidence
-        if verdict:
-            told = Words(f"{told.en} {studied.en}", told.zh + studied.zh)
+        told = _joined(proof.evidence, studied) if verdict else proof.evidence
         return "holds" if proof.holds else "fails", told
     if erratum.proof == "study":
         return STATUS.get(verdict, "not run"), studied
@@ -178,10 +176,13 @@ def _outcome(erratum: Erratum, verdicts: Mapping[tuple[str, str], str]) -> tuple
             return "fails", Words(
                 f"Not in the bibliography: {listed}.", f"文献表中没有：{listed}。"
             )
-        return "holds", Words(
-            "As the sources say; nothing is computed.", "依据所引文献，不做计算。"
-        )
+        told = Words("As the sources say.", "依据所引文献。")
+        return "holds", _joined(told, studied) if verdict else told
     return "holds", Words("The document shows it.", "文中即可看出。")
+
+
+def _joined(first: Words, second: Words) -> Words:
+    return Words(f"{first.en} {second.en}", first.zh + second.zh)
 
 
 @functools.cache
