@@ -37,6 +37,7 @@ _TEXT = {
     "warmup": ("warm-up steps", "预热步数"),
     "rate": ("learning rate", "学习率"),
     "seed": ("seed", "随机种子"),
+    "effect": ("effect", "效应"),
     "seeds": ("seeds", "随机种子数"),
     "name": ("connection", "连接"),
     "number": ("number of the connection", "连接序号"),
