@@ -341,8 +341,8 @@ def test_a_page_leads_from_the_claim_to_the_verdict(folder, result):
         "supported Deep plain networks have a higher loss than shallow ones, by 0.5 nats.",
         "Median effect over 8 seeds: 1.83 nats, 95 % interval [1.4, 1.91]; the statement asks for "
         "&gt; 0.5 nats, p = 0.008.",
-        "001:9 Deep plain networks are worse. supported It says what was tested",
-        "000:80 Depth alone decides. refuted It denies what was tested: “The width makes no "
+        "001:9 Deep plain networks are worse. supported It follows from what was tested",
+        "000:80 Depth alone decides. refuted What was tested says the opposite: “The width makes no "
         "difference” (supported)",
         "Networks of several depths.",
         "All else is equal.",

@@ -22,7 +22,7 @@ from addnorm.reports.chart_style import (
     looks,
     word,
 )  # fmt: skip
-from addnorm.reports.study_words import level_text, text_in
+from addnorm.reports.study_words import factor_in, level_text, text_in
 
 LABEL = (  # of a linear axis: 600, 0.05, 1.2M
     "abs(datum.value) < 100000 ? format(datum.value, '~g') : format(datum.value, '~s')"
@@ -138,7 +138,7 @@ def axis_title(result: Mapping[str, Any], name: str, lang: Lang) -> str:
     """Return the title of an axis: that of the metric with its unit, or the factor's name."""
     metric = result["metrics"].get(name)
     if metric is None:
-        return name
+        return factor_in(name, lang)
     unit = text_in(metric["unit"], lang)
     brackets = "（{}）" if lang == "zh" else " ({})"
     return text_in(metric["title"], lang) + (brackets.format(unit) if unit else "")
@@ -177,7 +177,7 @@ class PlotLook:
         colours, shapes = looks(len(names))
         numbers = all(not isinstance(row.get(picture.plot["color"]), str) for row in picture.rows)
         legend = alt.Legend(
-            title=picture.plot["color"] if numbers else None,
+            title=factor_in(picture.plot["color"], lang) if numbers else None,
             orient="bottom",
             titleOrient="left",
             columns=legend_columns(names),
@@ -201,7 +201,8 @@ class PlotLook:
 
 def plot_tips(picture: Picture, lang: Lang, *more: alt.Tooltip) -> list[alt.Tooltip]:
     """Return what the marks say under the pointer; the value comes last."""
-    tips = [alt.Tooltip("s:N", title=picture.plot["color"])] if picture.plot["color"] else []
+    color = picture.plot["color"]
+    tips = [alt.Tooltip("s:N", title=factor_in(color, lang))] if color else []
     y = alt.Tooltip(
         "value:Q", title=axis_title(picture.result, picture.plot["y"], lang), format=".4~g"
     )

@@ -17,6 +17,31 @@ VERDICTS = {
     "INCONCLUSIVE": ("inconclusive", "不能断定"),
     "": ("not run yet", "尚未运行"),
 }
+FACTORS = {
+    "net": ("network", "网络"),
+    "wiring": ("wiring", "接法"),
+    "depth": ("layers", "层数"),
+    "rate": ("learning rate", "学习率"),
+    "length": ("length", "训练长度"),
+    "layer": ("layer", "层"),
+    "chain": ("chain", "连乘"),
+    "spread": ("spread", "大小"),
+    "change": ("change", "改动"),
+    "variant": ("variant", "变体"),
+    "norm": ("norm", "归一化"),
+    "warmup": ("warm-up", "预热"),
+    "embedding": ("embedding", "词嵌入"),
+    "target": ("target", "目标"),
+    "part": ("part", "部件"),
+    "width": ("width", "宽度"),
+    "branch": ("branch", "分支"),
+    "twin": ("printed block", "所印的块"),
+    "side": ("side", "版本"),
+    "formula": ("formula", "公式"),
+    "optimizer": ("optimiser", "优化器"),
+    "law": ("law", "规律"),
+    "task": ("task", "任务"),
+}
 MODES = {"quick": ("quick", "快速"), "default": ("default", "默认"), "long": ("long", "加长")}
 
 
@@ -35,6 +60,11 @@ def text_in(words: Mapping[str, str], lang: str) -> str:
 def verdict_in(verdict: str, lang: str) -> str:
     """Return a verdict as a word."""
     return VERDICTS[verdict][lang == "zh"]
+
+
+def factor_in(name: str, lang: str) -> str:
+    """Return the name of a factor as a word; as it stands where it has none."""
+    return FACTORS.get(name, (name, name))[lang == "zh"]
 
 
 def mode_in(row: Mapping[str, Any], lang: str) -> str:
@@ -124,6 +154,12 @@ def effect_line(contrast: Mapping[str, Any], count: int) -> Both:
         sign = "" if chance.startswith("<") else "= "
         told = f"p {sign}{chance}".replace(" ", "\N{NO-BREAK SPACE}")
         p, p_zh = f", {told}", f"，{told}"
+    if contrast["interval"][0] == contrast["interval"][1] and count > 1:
+        return Both(
+            f"Effect, the same in all {count} seeds: {here['en']}; the statement asks for "
+            f"{limit['en']}{p}.",
+            f"效应（{count} 个种子都相同）：{here['zh']}；命题要求 {limit['zh']}{p_zh}。",
+        )
     if count == 1:
         return Both(
             f"Effect: {here['en']}; the statement asks for {limit['en']}{p}.",
@@ -217,7 +253,7 @@ def test_line(contrast: Mapping[str, Any], count: int) -> Both:
         f"two-sided sign-flip test: of {flips} the signs of (effect − limit), the share whose mean "
         "lies at least as far from 0 as the one seen.",
         "每个种子给出一个效应，被比较的各条件共用该种子的初始值与数据次序。p 来自双侧符号翻转检验："
-        f"取{flips_zh}，改变（效应 − 界限）的正负号，其中均值离 0 不近于实测值的比例即为 p。",
+        f"取{flips_zh}，改变（效应 − 界限）的正负号，其中均值与 0 的距离不小于实测值的，所占比例即为 p。",
     )
 
 

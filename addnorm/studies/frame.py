@@ -27,6 +27,9 @@ class Words(NamedTuple):
     zh: str
 
 
+POINTS = Words("points", "个百分点")
+
+
 @dataclass(frozen=True)
 class Claim:
     """What a document says, in our words, and which contrast answers it.
@@ -105,6 +108,11 @@ class Contrast:
     name: str = "primary"
 
 
+def in_points(effect: Callable[[Rows], float]) -> Callable[[Rows], float]:
+    """Return an effect that is a difference of shares in percentage points."""
+    return lambda rows: 100 * effect(rows)
+
+
 @dataclass(frozen=True)
 class Metric:
     """A number that `measure` returns, or a list of them over depth, steps or the like."""
@@ -145,7 +153,7 @@ class Published:
     """A figure of a paper beside which the result stands."""
 
     what: Words
-    value: str
+    value: str | Words
     source: str
     """paper with table or section, "He et al. 2015 (arXiv:1512.03385), Table 6" """
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from addnorm.studies import bench
 from addnorm.studies.frame import (
+    POINTS,
     Claim,
     Contrast,
     Metric,
@@ -22,6 +23,7 @@ from addnorm.studies.frame import (
     Rows,
     Study,
     Words,
+    in_points,
 )
 
 DEPTHS = (4, 8, 14, 20)  # linear layers in pairs, as in ST-03; an output layer follows
@@ -129,7 +131,6 @@ def _gain_at_all_depths(rows: Rows) -> float:
 
 
 DOUBLINGS = Words("doublings of the steps", "步数翻倍的次数")
-ERROR = Words("error", "错误率")
 
 STUDY = Study(
     id="ST-06",
@@ -225,8 +226,8 @@ STUDY = Study(
                 "At 8 layers and equal training loss, both have the same test error, within 1 point.",
                 "8 层、训练损失相同时，两者测试错误率相同，相差不到 1 个百分点。",
             ),
-            lambda rows: _gain(rows, "error", 8), limit=0.01, rule="within", name="same-test",
-            unit=ERROR,
+            in_points(lambda rows: _gain(rows, "error", 8)), limit=1, rule="within",
+            name="same-test", unit=POINTS,
         ),
         Contrast(
             Words(
@@ -234,7 +235,7 @@ STUDY = Study(
                 "(mean over the depths).",
                 "训练损失相同时，残差网络的测试错误率低 1 个百分点以上（各深度平均）。",
             ),
-            _gain_at_all_depths, limit=0.01, name="generalises", unit=ERROR,
+            in_points(_gain_at_all_depths), limit=1, name="generalises", unit=POINTS,
         ),
         Contrast(
             Words(
@@ -242,14 +243,14 @@ STUDY = Study(
                 "than 1 point.",
                 "20 层、训练损失相同时，残差网络的测试错误率低 1 个百分点以上。",
             ),
-            lambda rows: _gain(rows, "error", 20), limit=0.01, name="deep-test", unit=ERROR,
+            in_points(lambda rows: _gain(rows, "error", 20)), limit=1, name="deep-test", unit=POINTS,
         ),
         Contrast(
             Words(
                 "At 20 layers, 60 steps into the training, its test error is lower by more than 5 points.",
                 "20 层、训练 60 步时，残差网络的测试错误率低 5 个百分点以上。",
             ),
-            lambda rows: _gain(rows, "early", 20), limit=0.05, name="early-test", unit=ERROR,
+            in_points(lambda rows: _gain(rows, "early", 20)), limit=5, name="early-test", unit=POINTS,
         ),
     ),
     modes={

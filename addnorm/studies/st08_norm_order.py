@@ -179,25 +179,27 @@ STUDY = Study(
     ),
     lesson=Words(
         "The place of the norm is judged in two ways. At the start, as Xiong et al. derive, the last "
-        "feed-forward's gradient falls with the square root of the depth in pre-norm (exponent -0.61) and not at "
-        "all in post-norm (-0.00); over the layers of one network this size shows no trend in post-norm. In "
-        "training at a rate of 0.001, post-norm without warm-up is stuck near the loss of letter frequencies "
-        "(3.24 against 3.27 nats) and learns with it (2.71); pre-norm learns without (2.59). But warm-up is one "
-        "cure and a lower rate another: at 0.0003 post-norm learns without warm-up as well (2.79).",
-        "归一化位置的影响从两方面判断。在起点，正如 Xiong 等人推导的那样，末层前馈的梯度在 pre-norm 中按深度的平方根下降（指数 -0.61）"
-        "，在 post-norm 中不下降（-0.00）；而在同一网络的各层之间，这一规模的 post-norm 看不出趋势。以 0.001 的学习率训练时，post-norm 不预热就停在字符频率的损失附近（3.24，"
-        "后者为 3.27），预热后能学（2.71）；pre-norm 不预热也能学（2.59）。但预热只是一种办法，降低学习率是另一种：0.0003 时 post-norm 不预热也能学（2.79）"
-        "。",
+        "feed-forward's gradient falls with the depth in pre-norm (exponent -0.61; the theory has -0.5) and stays "
+        "level in post-norm (0.00). From the first to the last layer of one network it falls in pre-norm and "
+        "shows no trend in post-norm. In training at a rate of 0.001, post-norm without warm-up is stuck near the "
+        "loss of letter frequencies (3.24 against 3.27 nats) and learns with it (2.71); pre-norm learns without "
+        "(2.59). But warm-up is one cure and a lower rate another: at 0.0003 post-norm learns without warm-up as "
+        "well (2.79).",
+        "归一化位置的影响从两方面判断。在起点，正如 Xiong 等人推导的那样，最后一个前馈层的梯度在 pre-norm 中随深度下降（指数 -0.61，"
+        "理论为 -0.5），在 post-norm 中基本不变（0.00）。在同一网络中，从第一层到最后一层，pre-norm 的梯度下降，post-norm 看不出趋势。"
+        "以 0.001 的学习率训练时，post-norm 不预热就停在按字符频率猜测的损失附近（3.24，后者为 3.27），预热后能学（2.71）；pre-norm 不预热也能学（2.59）"
+        "。但预热只是一种办法，降低学习率是另一种：0.0003 时 post-norm 不预热也能学（2.79）。",
     ),
     claims=(
         Claim("1.33", "001", 228, Words(
             "Whether the norm stands before the branch or after the addition matters much for stability; "
-            "before it, training is more stable.",
-            "归一化在分支之前还是在加法之后，很影响训练是否稳定；放在前面更稳定。",
+            "before it, training is more stable (here: whether warm-up is needed, at a rate of 0.001).",
+            "归一化在分支之前还是在加法之后，很影响训练是否稳定；放在前面更稳定（此处指：学习率 0.001 时是否需要预热）。",
         ), by="warm-up"),
         Claim("1.35", "001", 245, Words(
-            "Post-norm puts norms on the gradient's path, which changes its scale.",
-            "post-norm 的梯度须经过归一化，梯度的尺度因此改变。",
+            "Post-norm puts norms on the gradient's path, which changes its scale (here: how the last "
+            "feed-forward's gradient goes with the depth).",
+            "post-norm 的梯度须经过归一化，梯度的尺度因此改变（此处指：最后一个前馈层的梯度怎样随深度变化）。",
         )),
     ),
     factors={"norm": ("pre", "post"), "warmup": (0.0, 0.5), "rate": (3e-4, RATE)},
@@ -231,19 +233,27 @@ STUDY = Study(
     ),
     secondary=(
         Contrast(
-            Words("In pre-norm that slope is -1/2, to 0.15.", "pre-norm 的斜率为 -1/2，误差不超过 0.15。"),
+            Words(
+                "In pre-norm the slope of that gradient over the depth lies within 0.15 of -1/2.",
+                "pre-norm 中该梯度随深度的斜率与 -1/2 之差小于 0.15。",
+            ),
             lambda rows: _slope(rows, "pre") + 0.5,
-            limit=0.15, rule="within", unit=POWER, name="pre-slope",
+            limit=0.15, rule="within", name="pre-slope",
+            unit=Words("from an exponent of -1/2", "（与指数 -1/2 之差）"),
         ),
         Contrast(
-            Words("In post-norm it is 0, to 0.15.", "post-norm 的斜率为 0，误差不超过 0.15。"),
+            Words(
+                "In post-norm the slope of that gradient over the depth lies within 0.15 of 0.",
+                "post-norm 中该梯度随深度的斜率与 0 之差小于 0.15。",
+            ),
             lambda rows: _slope(rows, "post"),
             limit=0.15, rule="within", unit=POWER, name="post-slope",
         ),
         Contrast(
             Words(
-                "Over the layers of one network the gradient rises in post-norm and falls in pre-norm.",
-                "在同一网络中，梯度逐层变化：post-norm 上升，pre-norm 下降。",
+                "From the first to the last layer of one network the gradient of the feed-forward rises in "
+                "post-norm and falls in pre-norm.",
+                "在同一网络中，从第一层到最后一层，前馈层的梯度在 post-norm 中上升，在 pre-norm 中下降。",
             ),
             _turn,
             limit=0.0, unit=Words("powers of ten", "数量级"), name="profile",
@@ -316,7 +326,7 @@ STUDY = Study(
                 "does not depend on L in post-norm",
                 "定理：初始时，最后一个前馈层的梯度在 pre-norm 中按 1/sqrt(L) 变化，在 post-norm 中与 L 无关",
             ),
-            "slopes -1/2 and 0",
+            Words("slopes -1/2 and 0", "斜率 -1/2 与 0"),
             "Xiong et al. 2020 (arXiv:2002.04745), Theorem 1",
         ),
         Published(
@@ -325,7 +335,7 @@ STUDY = Study(
                 "pre-norm",
                 "IWSLT14 德英翻译实测（6 至 14 层）：post-norm 的该梯度基本不变，pre-norm 的则下降",
             ),
-            "about 1.6",
+            Words("about 1.6", "约 1.6"),
             "Xiong et al. 2020 (arXiv:2002.04745), section 3.4",
         ),
         Published(
@@ -333,7 +343,7 @@ STUDY = Study(
                 "BLEU of post-norm with Adam on IWSLT14, without and with warm-up",
                 "IWSLT14 上用 Adam 训练 post-norm 的 BLEU：不预热与预热",
             ),
-            "8.45, about 34",
+            Words("8.45, about 34", "8.45；约 34"),
             "Xiong et al. 2020 (arXiv:2002.04745), section 3.2",
         ),
     ),

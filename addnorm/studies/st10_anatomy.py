@@ -267,7 +267,7 @@ STUDY = Study(
                 "straight lines",
                 "初始时 pre-norm 残差流的均方（以输入为单位）：介于两条直线之间",
             ),
-            "1 + l/2 to 1 + 3l/2",
+            Words("1 + l/2 to 1 + 3l/2", "1 + l/2 至 1 + 3l/2"),
             "Xiong et al. 2020 (arXiv:2002.04745), Lemma 2",
         ),
         Published(
@@ -276,7 +276,7 @@ STUDY = Study(
                 "from linear to exponential",
                 "训练后的语言模型中 pre-norm 的方差：文中称为指数增长；其引理只给出从线性到指数的界",
             ),
-            "Θ(L) to Θ(exp L)",
+            Words("Θ(L) to Θ(exp L)", "Θ(L) 至 Θ(exp L)"),
             "Sun et al. 2025 (arXiv:2502.05795)",
         ),
     ),

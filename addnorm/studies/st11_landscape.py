@@ -310,8 +310,11 @@ STUDY = Study(
                 "chaotic; the effect of shortcuts at 20 layers is hardly noticeable",
                 "CIFAR-10：无捷径时 20 层的曲面温和，56 与 110 层则混乱；20 层时捷径的影响几乎看不出来",
             ),
-            "figures; test error without / with shortcuts 8.18 / 7.37 % (20), 13.31 / 5.89 % (56), "
-            "16.44 / 5.79 % (110)",
+            Words(
+                "figures; test error without / with shortcuts 8.18 / 7.37 % (20), 13.31 / 5.89 % (56), "
+                "16.44 / 5.79 % (110)",
+                "见图；无 / 有捷径的测试错误率：8.18 / 7.37%（20 层）、13.31 / 5.89%（56 层）、16.44 / 5.79%（110 层）",
+            ),
             "Li et al. 2018 (arXiv:1712.09913)",
         ),
     ),

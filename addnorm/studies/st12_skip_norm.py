@@ -263,7 +263,7 @@ STUDY = Study(
                 "with the depth",
                 "去掉捷径与前馈层后，纯注意力使各位置趋同，速度随深度呈双重指数",
             ),
-            "theorem",
+            Words("theorem", "定理"),
             "Dong et al. 2021 (arXiv:2103.03404)",
         ),
         Published(
@@ -272,7 +272,7 @@ STUDY = Study(
                 "that starts at 0",
                 "借助从 0 开始的系数，120 层以上的 Transformer 无需归一化、无需预热即可训练",
             ),
-            "abstract",
+            Words("abstract", "摘要"),
             "Bachlechner et al. 2020 (arXiv:2003.04887)",
         ),
     ),

@@ -285,7 +285,7 @@ STUDY = Study(
                 "authors' plain one",
                 "32 层全连接网络：ReZero 比作者的普通网络收敛快多少",
             ),
-            "15 times (1,500 %)",
+            Words("15 times (1,500 %)", "15 倍（1,500%）"),
             "Bachlechner et al. 2020 (arXiv:2003.04887, version 1), abstract",
         ),
         Published(
@@ -294,7 +294,7 @@ STUDY = Study(
                 "1 does not",
                 "1000 层、无批归一化的残差网络：SkipInit 能训练，分支系数为 1 则不能",
             ),
-            "text and tables",
+            Words("text and tables", "正文与表格"),
             "De and Smith 2020 (arXiv:2002.10444)",
         ),
     ),

@@ -377,7 +377,7 @@ STUDY = Study(
                 "nonlinear layers is fitted to the identity: argued, not measured",
                 "原文论证：若最优解是恒等映射，把残差推向零比用若干非线性层拟合恒等映射更容易；未给出测量",
             ),
-            "section 3.1",
+            Words("section 3.1", "3.1 节"),
             "He et al. 2015 (arXiv:1512.03385)",
         ),
     ),

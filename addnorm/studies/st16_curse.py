@@ -251,7 +251,7 @@ STUDY = Study(
                 "Variance of the last layer's output at 130M after 10,000 steps: pre-norm, LNS",
                 "130M 模型训练 1 万步后最后一层输出的方差：pre-norm、LNS",
             ),
-            "about 175, about 25",
+            Words("about 175, about 25", "约 175、约 25"),
             "Sun et al. 2025 (arXiv:2502.05795)",
         ),
         Published(
@@ -260,7 +260,7 @@ STUDY = Study(
                 "it is the reverse",
                 "pre-norm 的语言模型去除深层几乎没有损失；post-norm（BERT-large）则相反",
             ),
-            "shown as curves",
+            Words("shown as curves", "以曲线给出"),
             "Sun et al. 2025 (arXiv:2502.05795)",
         ),
         Published(
@@ -268,7 +268,7 @@ STUDY = Study(
                 "Up to about half of the layers can be left out on question answering, after healing",
                 "经过修复训练后，问答任务上最多可去除约一半的层",
             ),
-            "about 1/2",
+            Words("about 1/2", "约 1/2"),
             "Gromov et al. 2024 (arXiv:2403.17887)",
         ),
     ),

@@ -312,7 +312,7 @@ STUDY = Study(
                 "feed-forwards stop it",
                 "只有注意力时，秩随深度双指数式下降；捷径与前馈可以阻止",
             ),
-            "theorem, no table",
+            Words("theorem, no table", "定理，无表格"),
             "Dong et al. 2021 (arXiv:2103.03404), abstract",
         ),
     ),

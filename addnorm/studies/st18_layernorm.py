@@ -340,7 +340,7 @@ STUDY = Study(
                 "and bias for each neuron",
                 "对同一层的隐藏单元、逐个样本求均值和方差；每个神经元各有增益与偏置",
             ),
-            "equations 3 and 4",
+            Words("equations 3 and 4", "式 3 与式 4"),
             "Ba et al. 2016 (arXiv:1607.06450)",
         ),
     ),

@@ -282,7 +282,7 @@ STUDY = Study(
                 "34-layer networks with and without them",
                 "恒等捷径不需要参数，几乎不增加计算；34 层网络有无捷径的乘加数",
             ),
-            "3.6 billion both",
+            Words("3.6 billion both", "均为 36 亿"),
             "He et al. 2015 (arXiv:1512.03385), section 3.2 and figure 3",
         ),
     ),

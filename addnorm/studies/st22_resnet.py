@@ -188,7 +188,7 @@ STUDY = Study(
             Words("CIFAR-10: plain networks of 20 to 56 layers have the higher training error the deeper they "
                   "are; curves only",
                   "CIFAR-10：20 至 56 层的普通网络越深训练误差越高；原文只有曲线"),
-            "Figure 6, left",
+            Words("Figure 6, left", "图 6 左"),
             "He et al. 2015 (arXiv:1512.03385)",
         ),
         Published(

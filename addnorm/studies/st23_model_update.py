@@ -194,7 +194,7 @@ STUDY = Study(
             Words("update of tiny networks of 6 to 100 layers early in training: DeepNorm's much smaller "
                   "and nearly constant, post-norm's growing",
                   "6 至 100 层小网络训练早期的模型更新：DeepNorm 小得多且几乎不变，post-norm 不断增长"),
-            "figure only",
+            Words("figure only", "仅有图"),
             "Wang et al. 2022 (arXiv:2203.00555), figure 5",
         ),
     ),

@@ -14,7 +14,18 @@ from addnorm.contract import Wiring
 from addnorm.data.images import ImageData
 from addnorm.models.resnet import Change, ResNet, ResNetConfig
 from addnorm.studies import bench
-from addnorm.studies.frame import Contrast, Metric, Mode, Plot, Published, Rows, Study, Words
+from addnorm.studies.frame import (
+    POINTS,
+    Contrast,
+    Metric,
+    Mode,
+    Plot,
+    Published,
+    Rows,
+    Study,
+    Words,
+    in_points,
+)
 
 DEPTH, WIDTH, IMAGES = 38, 8, 400  # 18 units; channels of the first stage; training images
 # The paper's form: one draw for a whole batch, so that a unit that is dropped costs nothing.
@@ -85,8 +96,6 @@ def _underfits(rows: Rows) -> float:
     return sum(math.log10(max(one, 1e-6) / max(other, 1e-6)) for one, other in pairs) / 2
 
 
-POINTS = Words("share of test images", "测试图像占比")
-
 STUDY = Study(
     id="ST-24",
     name="stochastic-depth",
@@ -139,7 +148,7 @@ STUDY = Study(
             "At equal epochs stochastic depth lowers the test error.",
             "训练周期相同时，随机深度降低测试错误率。",
         ),
-        _equal_epochs,
+        in_points(_equal_epochs),
         limit=0.0,
         rule="below",
         unit=POINTS,
@@ -148,7 +157,7 @@ STUDY = Study(
         Contrast(
             Words("At equal compute stochastic depth lowers the test error.",
                   "计算量相同时，随机深度降低测试错误率。"),
-            lambda rows: _gain(rows, "error", "long", "short"),
+            in_points(lambda rows: _gain(rows, "error", "long", "short")),
             limit=0.0, rule="below", unit=POINTS, name="equal-compute",
         ),
         Contrast(
@@ -159,7 +168,7 @@ STUDY = Study(
         Contrast(
             Words("At equal epochs the test errors differ by less than one point.",
                   "训练周期相同时，测试错误率相差不到 1 个百分点。"),
-            _equal_epochs, limit=0.01, rule="within", unit=POINTS, name="within-a-point",
+            in_points(_equal_epochs), limit=1, rule="within", unit=POINTS, name="within-a-point",
         ),
     ),
     modes={

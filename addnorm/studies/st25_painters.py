@@ -271,7 +271,7 @@ STUDY = Study(
                 "arithmetic",
                 "Llama 2 与 BERT-large，危害由小到大：随机次序、反序、去除；重复正中层最差；除算术题外，并行可行",
             ),
-            "figures",
+            Words("figures", "见图"),
             "Sun et al. 2024 (arXiv:2407.09298)",
         ),
         Published(
@@ -279,7 +279,7 @@ STUDY = Study(
                 "Top-1 accuracy kept where middle layers are deleted or swapped",
                 "删除或交换中间层时保留的 top-1 准确率",
             ),
-            "72 to 95 %",
+            Words("72 to 95 %", "72% 至 95%"),
             "Lad et al. 2024 (arXiv:2406.19384)",
         ),
     ),

@@ -164,7 +164,7 @@ STUDY = Study(
                 "know more than the lens shows",
                 "pre-norm 的语言模型中，中间读数的损失随深度下降；前面的层所知比 logit lens 显示的更多",
             ),
-            "figures",
+            Words("figures", "见图"),
             "Belrose et al. 2023 (arXiv:2303.08112)",
         ),
     ),

@@ -9,6 +9,7 @@ from typing import Any
 from addnorm.contract import catalogue, is_own
 from addnorm.studies import bench
 from addnorm.studies.frame import (
+    POINTS,
     Contrast,
     Metric,
     Mode,
@@ -17,6 +18,7 @@ from addnorm.studies.frame import (
     Rows,
     Study,
     Words,
+    in_points,
 )
 
 DEPTH = 64
@@ -34,7 +36,7 @@ LAWS = {
 CONTROLS = {"residual/gpt2": "control", "prenorm/fairseq": "control"}
 NETS = LAWS | CONTROLS
 SHARE = Words("share of wirings", "接法占比")
-ERROR = Words("training error", "训练错误率")
+PERCENT = Words("% training error", "% 训练错误率")
 
 
 def measure(cell: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,9 +134,9 @@ STUDY = Study(
             "than of those whose law is exponential.",
             "规律为幂次或不变的接法中，能训练的占比，比规律为指数的接法高出一半（50 个百分点）以上。",
         ),
-        lambda rows: _share(rows, "power") - _share(rows, "exponential"),
-        limit=0.5,
-        unit=SHARE,
+        in_points(lambda rows: _share(rows, "power") - _share(rows, "exponential")),
+        limit=50,
+        unit=POINTS,
     ),
     secondary=(
         Contrast(
@@ -150,32 +152,34 @@ STUDY = Study(
                 "The plain sum x + F(x) does not train at any of the four rates.",
                 "x + F(x) 在四档学习率下都不能训练。",
             ),
-            lambda rows: _of(rows, "residual"),
-            limit=FAIL, unit=ERROR, name="sum-fails",
+            in_points(lambda rows: _of(rows, "residual")),
+            limit=100 * FAIL, unit=PERCENT, name="sum-fails",
         ),
         Contrast(
             Words(
                 "With the small start of GPT-2 it does.",
                 "改用 GPT-2 的小初始值，它就能训练。",
             ),
-            lambda rows: _of(rows, "residual/gpt2"),
-            limit=FAIL, rule="below", unit=ERROR, name="small-start",
+            in_points(lambda rows: _of(rows, "residual/gpt2")),
+            limit=100 * FAIL, rule="below", unit=PERCENT, name="small-start",
         ),
         Contrast(
             Words(
                 "At 1e-3 post-norm's training error is more than 30 points above pre-norm's.",
                 "学习率 1e-3 时，post-norm 的训练错误率比 pre-norm 高 30 个百分点以上。",
             ),
-            lambda rows: _of(rows, "postnorm", "first") - _of(rows, "prenorm", "first"),
-            limit=0.3, unit=ERROR, name="post-norm",
+            in_points(
+                lambda rows: _of(rows, "postnorm", "first") - _of(rows, "prenorm", "first")
+            ),
+            limit=30, unit=POINTS, name="post-norm",
         ),
         Contrast(
             Words(
                 "At one of the four rates post-norm trains all the same.",
                 "但在四档学习率之一下，post-norm 仍能训练。",
             ),
-            lambda rows: _of(rows, "postnorm"),
-            limit=FAIL, rule="below", unit=ERROR, name="post-norm-slower",
+            in_points(lambda rows: _of(rows, "postnorm")),
+            limit=100 * FAIL, rule="below", unit=PERCENT, name="post-norm-slower",
         ),
     ),
     modes={
@@ -215,7 +219,7 @@ STUDY = Study(
                 "bias of 0, and a shortcut with dropout of 0.5 exceed 20 % test error",
                 "CIFAR-10，110 层：捷径乘以 0.5（分支不变）、偏置为 0 的互斥门控、以 0.5 随机丢弃的捷径，测试错误率都超过 20 %",
             ),
-            "fail",
+            Words("fail", "失败"),
             "He et al. 2016 (arXiv:1603.05027), Table 1",
         ),
         Published(
@@ -224,7 +228,7 @@ STUDY = Study(
                 "warm-up",
                 "IWSLT-14 上，编码器与解码器各 18 层的 post-norm 没有合适的初始化或预热就不能训练",
             ),
-            "text",
+            Words("text", "正文"),
             "Wang et al. 2022 (arXiv:2203.00555), section 3",
         ),
     ),

@@ -197,7 +197,7 @@ STUDY = Study(
                 "OLMo-1B, 500B tokens: training loss lower than pre-norm's with dynamic hyper-connections",
                 "OLMo-1B、5000 亿词元：动态 hyper-connections 的训练损失低于 pre-norm",
             ),
-            "text and Table 1",
+            Words("text and Table 1", "正文与表 1"),
             "Zhu et al. 2024 (arXiv:2409.19606)",
         ),
     ),

@@ -322,7 +322,7 @@ STUDY = Study(
                 "another is given",
                 "ResNet-110 的删块结果用短路径来解释；文中没有在网络之间作预测",
             ),
-            "lengths 5 to 17 of 54",
+            Words("lengths 5 to 17 of 54", "长度 5 至 17（共 54）"),
             "Veit et al. 2016 (arXiv:1605.06431)",
         ),
         Published(
@@ -331,7 +331,7 @@ STUDY = Study(
                 "the parameters can go",
                 "语言模型：按 1 - cos(x_l, x_(l+1)) 的次序删层，约四分之一参数可去除",
             ),
-            "about 92 % of the score kept",
+            Words("about 92 % of the score kept", "保留约 92% 的得分"),
             "Men et al. 2024 (arXiv:2403.03853)",
         ),
     ),
