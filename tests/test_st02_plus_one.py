@@ -23,7 +23,7 @@ def test_it_can_say_both():
     found = verdicts(concluded(STUDY, bounded))
     for name in ("primary", "identity", "cancels", "not-a-sum", "not-a-mean"):
         assert found[name] == "REFUTED", name
-    assert (found["1.22"], found["1.23"], found["0.5"]) == ("REFUTED", *["INCONCLUSIVE"] * 2)
+    assert (found["1.22"], found["1.23"], found["0.7"]) == ("REFUTED", *["INCONCLUSIVE"] * 2)
 
 
 def test_the_skip_removed_flips_the_verdict(monkeypatch):

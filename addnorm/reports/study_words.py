@@ -42,6 +42,7 @@ FACTORS = {
     "law": ("law", "规律"),
     "task": ("task", "任务"),
 }
+LOGARITHMS = {"powers of ten": 10, "doublings": 2}  # units, by how they begin
 MODES = {"quick": ("quick", "快速"), "default": ("default", "默认"), "long": ("long", "加长")}
 
 
@@ -114,9 +115,14 @@ def duration(seconds: float, lang: str) -> str:
 
 
 def with_unit(value: Any, unit: Mapping[str, str], lang: str) -> str:
-    """Write a number with its unit."""
+    """Write a number with its unit, and a logarithm with the factor that it stands for."""
     word = text_in(unit, lang)
-    return f"{amount(value)} {word}" if word and known(value) else amount(value)
+    if not (word and known(value)):
+        return amount(value)
+    base = next((b for start, b in LOGARITHMS.items() if unit["en"].startswith(start)), 0)
+    factor = amount(base**value) if base and abs(value) < 300 else ""
+    brackets = f"（{factor} 倍）" if lang == "zh" else f" (a factor of {factor})"
+    return f"{amount(value)} {word}{brackets if factor else ''}"
 
 
 def effect_in(row: Mapping[str, Any], lang: str) -> str:
@@ -251,9 +257,12 @@ def test_line(contrast: Mapping[str, Any], count: int) -> Both:
     return Both(
         "Each seed gives one effect, of conditions that share its start and its data order. p is the "
         f"two-sided sign-flip test: of {flips} the signs of (effect − limit), the share whose mean "
-        "lies at least as far from 0 as the one seen.",
+        "lies at least as far from 0 as the one seen. Where a statement speaks of several networks, the "
+        "effect is that of the one that speaks least for it. The interval is of the median, the test of "
+        "the mean: near the limit they can differ.",
         "每个种子给出一个效应，被比较的各条件共用该种子的初始值与数据次序。p 来自双侧符号翻转检验："
-        f"取{flips_zh}，改变（效应 − 界限）的正负号，其中均值与 0 的距离不小于实测值的，所占比例即为 p。",
+        f"取{flips_zh}，改变（效应 − 界限）的正负号，其中均值与 0 的距离不小于实测值的，所占比例即为 p。"
+        "命题涉及几个网络时，效应取其中最不利于命题的一个。区间属于中位数，检验针对均值；靠近界限时二者可能不一致。",
     )
 
 

@@ -106,7 +106,7 @@ def _one(metric: str, target: float = 0.0) -> Callable[[Rows], float]:
     return lambda rows: float(rows.value(metric, chain="0.9")) - target
 
 
-HALF_UNITS = Words("half units of the last place", "末位半个单位")
+HALF_UNITS = Words("half units of the last place", "个末位半单位")
 
 STUDY = Study(
     id="ST-00",
@@ -133,12 +133,12 @@ STUDY = Study(
         "表中的错误率（16.4%、7.3%、6.7%、3.57%）是否就是比赛结果，要查文献，无法计算：下面列出文献数值，不作判定。",
     ),
     lesson=Words(
-        "The powers and the number of paths are right. The diagram's labels are not: with 0.9 a layer 12 % "
-        "is left after 20 layers and 3 % after 33, so 5 % in the middle of 56 and 0.27 % at the input. Three "
-        "other paths are as short as the one called shallowest, or shorter. And the same sum with 1.1 that "
-        "looks harmless after 10 layers gives 13,781 after 100.",
-        "幂与路径数没有错。示意图的标签有错：每层 0.9 时，20 层之后剩 12%，33 层之后剩 3%，即 56 层的中间是 5%，"
-        "输入端是 0.27%。所谓“最浅”的路径，另有三条与它一样短或更短。而 1.1 的幂在 10 层时看似无害，100 层时已是 13781。",
+        "The powers and the number of paths are right. Two of the diagram's labels are not: with 0.9 a layer 12 % "
+        "is left after 20 layers and 3 % after 33, so it is 5 % in the middle of 56 and less than 1 % in the "
+        "first few; the 0 % at the input (0.27 %) is right. Three other paths are as short as the one called "
+        "shallowest, or shorter. And the power of 1.1 that looks harmless after 10 layers is 13,781 after 100.",
+        "幂与路径数没有错。示意图有两个标签不对：每层 0.9 时，20 层之后剩 12%，33 层之后剩 3%，因此 56 层的中间是 5%，前几层不到 1%；"
+        "输入端的 0%（0.27%）没错。所谓“最浅”的路径，另有三条与它一样短或更短。而 1.1 的幂在 10 层时看似无害，100 层时已是 13781。",
     ),
     claims=(
         Claim("1.11", "001", 44, Words(
@@ -150,8 +150,9 @@ STUDY = Study(
             "0.9^20 is about 0.12, and 0.9^56 about 0.003.", "0.9^20 约为 0.12，0.9^56 约为 0.003。",
         )),
         Claim("1.14", "001", 58, Words(
-            "Of the gradient 12 % is left in the middle layers, 3 % in the first few and 0 % at the input.",
-            "梯度在中间层剩 12%，前几层剩 3%，靠近输入处为 0%。",
+            "Of the gradient 12 % is left in the middle layers, 3 % in the first few and 0 % at the input (here: "
+            "with the 0.9 a layer and the 56 layers of lines 50 to 53).",
+            "梯度在中间层剩 12%，前几层剩 3%，靠近输入处为 0%（此处按第 50 至 53 行的每层 0.9、56 层）。",
         ), by="labels"),
         Claim("1.24", "001", 156, Words(
             "0.1^10 is 0.0000000001, and 1.1^10 about 2.59.", "0.1^10 为 0.0000000001，1.1^10 约为 2.59。",
@@ -208,7 +209,7 @@ STUDY = Study(
             _one("paths", 8), limit=0, rule="exact", unit=Words("paths", "条"), name="paths",
         ),
         Contrast(
-            Words("No other path is as short as the seventh.", "没有其他路径与第七条一样短或更短。"),
+            Words("No other path is as short as the seventh, or shorter.", "没有其他路径与第七条一样短或更短。"),
             _one("shorter"), limit=0, rule="exact", unit=Words("paths", "条"), name="shallowest",
         ),
         Contrast(

@@ -96,8 +96,8 @@ def _often(rows: Rows) -> float:
     return sum(abs(d) > 1 for d in decades) / len(decades)
 
 
-PER_LAYER = Words("powers of ten a layer", "每层数量级")
-DECADES = Words("powers of ten", "数量级")
+PER_LAYER = Words("powers of ten a layer", "个数量级（每层）")
+DECADES = Words("powers of ten", "个数量级")
 
 STUDY = Study(
     id="ST-01",
@@ -112,12 +112,13 @@ STUDY = Study(
         "Networks of 20, 56 and 100 layers, 64 wide, before any training. A batch of 128 digits goes "
         "forward and the gradient of its loss back. Plain: sigmoid and tanh with Xavier's start, ReLU with "
         "PyTorch's default start, with He's, and with He's and LayerNorm or BatchNorm in every layer. "
-        "Residual, a skip over every layer: the same branches; then a norm in front of the branch "
-        "(prenorm), that scaled by 1/√L (stable) or 1/L (completep), and a gate at 0 (rezero). The gradient "
+        "Residual, a skip over every layer: the same branches, but for tanh and LayerNorm; then a norm "
+        "in front of the branch (prenorm), the same with the branch times 1/√L (stable) or 1/L (completep), and, "
+        "without a norm, a gate at 0 (rezero). The gradient "
         "ratio is the RMS of the gradient at the input end over that at the output end.",
         "20、56、100 层网络，宽 64，未经训练。128 张数字图像前向通过，损失的梯度反向传回。普通网络：sigmoid 与 tanh"
         "（Xavier 初始化）、ReLU（PyTorch 默认初始化、He 初始化，以及 He 加每层 LayerNorm 或 BatchNorm）。"
-        "残差网络（每层一条捷径）：同样的分支；分支前加归一化（prenorm），再乘 1/√L（stable）或 1/L（completep），"
+        "残差网络（每层一条捷径）：同样的分支（tanh 与 LayerNorm 除外）；分支前加归一化（prenorm），再乘 1/√L（stable）或 1/L（completep），"
         "以及门控初值为 0（rezero）。梯度比指输入端与输出端梯度均方根之比。",
     ),
     controls=Words(
@@ -129,15 +130,16 @@ STUDY = Study(
         "Plain networks often lose their gradient, or let it explode, as they get deeper: at 100 layers at "
         "least four of these six. But depth alone does not decide it: start, activation and norm together make "
         "the factor of each layer. On its way back through a plain layer the gradient is multiplied by 0.23 "
-        "(sigmoid), 0.41 (ReLU, default start), 0.99 (ReLU, He's start) or 1.21 (with BatchNorm: it explodes). "
+        "(sigmoid), 0.41 (ReLU, default start), 0.99 (ReLU, He's start) or 1.21 (with BatchNorm: it explodes): with "
+        "ReLU 0.68 is left after 56 layers, or 10^-22, by the start alone. "
         "A shortcut keeps gradients from vanishing and does not keep them from exploding: 1.2 a layer with the "
         "default start, 1.6 with He's, which is 10^12 over 56 layers. A norm in front of the branch (about 20 "
-        "over 100 layers), a scale (1.5 or 1) or a gate at 0 prevents that. Gradients flow well from the start "
+        "over 100 layers), better with a scale added (1.5 or 1), or a gate at 0 prevents that. Gradients flow well from the start "
         "of training in such networks, not in every residual one.",
         "普通网络加深后，梯度常常消失或爆炸：100 层时，这六种中至少有四种如此。但起决定作用的不只是深度：初始化、激活函数与归一化"
         "共同决定每层的因子。梯度往回经过一层普通网络，被乘以 0.23（sigmoid）、"
         "0.41（ReLU，默认初始化）、0.99（ReLU，He 初始化）或 1.21（加 BatchNorm，会爆炸）。捷径能防止梯度消失，却防不住"
-        "爆炸：默认初始化每层 1.2，He 初始化每层 1.6，56 层就是 10^12。分支前加归一化（100 层约 20 倍）、缩放分支"
+        "爆炸：默认初始化每层 1.2，He 初始化每层 1.6，56 层就是 10^12。分支前加归一化（100 层约 20 倍）、再加缩放"
         "（1.5 倍或 1 倍）或门控从 0 开始才能避免。训练初期梯度流动良好的是这些网络，而不是一切残差网络。",
     ),
     claims=(
@@ -146,8 +148,9 @@ STUDY = Study(
             "网络层数增加时，常会出现梯度消失或梯度爆炸。",
         ), by="often"),
         Claim("0.4", "000", 42, Words(
-            "With ReLU, whose derivative is below 1 in some regions, gradients decay exponentially with depth.",
-            "ReLU 的导数在部分区域小于 1，梯度因此随层数指数衰减。",
+            "With ReLU, whose derivative is below 1 in some regions, gradients decay exponentially with depth "
+            "(here: whatever the start).",
+            "ReLU 的导数在部分区域小于 1，梯度因此随层数指数衰减（此处指：无论怎样初始化）。",
         ), by="relu-holds", stands=False),
         Claim("0.4b", "000", 42, Words(
             "With sigmoid, whose derivative is below 1, gradients decay exponentially with depth.",
@@ -158,7 +161,7 @@ STUDY = Study(
             "有了捷径，训练初期梯度流动就良好。",
         ), stands=False),
         Claim("1.42", "001", 280, Words(
-            "Shortcuts cure vanishing gradients at the root (here: at the start of training).",
+            "Shortcuts relieve vanishing gradients at the root (here: at the start of training).",
             "捷径从根本上缓解梯度消失（此处看训练开始时）。",
         ), by="no-vanishing"),
         Claim("2.2", "002", 19, Words("Shortcuts avoid exploding gradients.", "捷径避免梯度爆炸。"),

@@ -155,13 +155,10 @@ STUDY = Study(
         "什么都传不过去。只有分支为线性时，输出才等于各路径之和，而且从来不是平均。",
     ),
     claims=(
-        Claim("0.5", "000", 50, Words(
-            "The identity path guarantees that the gradient gets through, whatever the branch does.",
-            "有了恒等路径，无论分支如何，梯度都保证能够传递。",
-        ), by="cancels", stands=False),
         Claim("0.5b", "000", 50, Words(
-            "Where the gradient of the branch is small, the whole gradient does not vanish.",
-            "子层的梯度很小时，总梯度不会完全消失。",
+            "Where the gradient of the branch is small, the whole gradient does not vanish (here: through one "
+            "block).",
+            "子层的梯度很小时，总梯度不会完全消失（此处指经过一个块）。",
         ), by="small-kept"),
         Claim("0.6", "000", 67, Words("dH/dx = dF/dx + I.", "dH/dx = dF/dx + I。"), by="identity"),
         Claim("0.7", "000", 69, Words(
@@ -172,8 +169,9 @@ STUDY = Study(
             "The output of a residual block is F(x) + x.", "残差块的输出是 F(x) + x。",
         ), by="sum"),
         Claim("4.2", "004", 13, Words(
-            "With the connection the network learns an identity mapping across layers.",
-            "有了残差连接，网络学习跨层的恒等映射。",
+            "The identity mapping across layers is something that the network learns (here: on a shortcut that "
+            "leaves the size unchanged).",
+            "跨越层的恒等映射是网络学到的（此处指形状不变的捷径）。",
         ), by="nothing-learned", stands=False),
         Claim("1.22", "001", 143, Words("∂H/∂x = ∂F/∂x + 1.", "∂H/∂x = ∂F/∂x + 1。"), by="identity"),
         Claim("1.23", "001", 149, Words(
@@ -205,8 +203,10 @@ STUDY = Study(
     },
     primary=Contrast(
         Words(
-            "With a small random J (ρ = 0.1) more than a quarter of the directions of the gradient shrink.",
-            "J 很小（ρ = 0.1）时，也有超过四分之一的梯度方向被缩小。",
+            "With a branch whose derivative J = ∂F/∂x is small and random (entries N(0, ρ²/32), ρ = 0.1), more "
+            "than a quarter of the directions of the gradient shrink on their way through I + J.",
+            "分支的导数 J = ∂F/∂x 是很小的随机矩阵（元素服从 N(0, ρ²/32)，ρ = 0.1）时，经过 I + J，也有超过四分之一的"
+            "梯度方向被缩小。",
         ),
         _one("attenuated"),
         limit=0.25,
@@ -247,7 +247,7 @@ STUDY = Study(
         ),
         Contrast(
             Words("The output is 8 times the mean of the 8 paths, also where the sum is exact.",
-                  "即使路径和精确成立，输出也是八条路径平均值的 8 倍。"),
+                  "即使输出恰等于各路径之和，输出也是八条路径平均值的 8 倍。"),
             lambda rows: rows.value("mean", spread=0.1) - 2 ** PATHS[1],
             limit=1e-9, rule="exact", name="not-a-mean",
         ),

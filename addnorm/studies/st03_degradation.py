@@ -136,7 +136,7 @@ STUDY = Study(
         ),
         lambda rows: _decades(rows, "plain") - _decades(rows, "residual"),
         limit=1.0,
-        unit=Words("powers of ten", "数量级"),
+        unit=Words("powers of ten", "个数量级"),
     ),
     secondary=(
         Contrast(
@@ -146,7 +146,7 @@ STUDY = Study(
             ),
             lambda rows: _decades(rows, "plain", 56, 20),
             limit=math.log10(2),
-            unit=Words("powers of ten", "数量级"),
+            unit=Words("powers of ten", "个数量级"),
             name="plain-rises",
         ),
         Contrast(
@@ -157,7 +157,7 @@ STUDY = Study(
             ),
             lambda rows: math.log10(_loss(rows, "plain", 32) / _loss(rows, "plain", 32, 5)),
             limit=1.0,
-            unit=Words("powers of ten", "数量级"),
+            unit=Words("powers of ten", "个数量级"),
             name="slow",
         ),
         Contrast(

@@ -204,7 +204,7 @@ def _ratio_of(net: str, change: str, other: str, depth: int) -> Callable[[Rows],
     )
 
 
-TENFOLD = Words("powers of ten", "数量级")
+TENFOLD = Words("powers of ten", "个数量级")
 
 STUDY = Study(
     id="ST-04",

@@ -308,7 +308,7 @@ STUDY = Study(
         "train": Metric(Words("training loss", "训练损失"), Words("nats", "nat"), bench.CHANCE),
         "passed": Metric(
             Words("identity that passes all blocks at the start", "初始时穿过全部块的恒等成分"),
-            Words("powers of ten", "数量级"),
+            Words("powers of ten", "个数量级"),
         ),
         "alike": Metric(Words("cosine between images at the start", "初始时图像之间的余弦")),
         "falls": Metric(Words("share of the stream that falls", "残差流中变小的比例")),

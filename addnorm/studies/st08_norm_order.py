@@ -256,7 +256,7 @@ STUDY = Study(
                 "在同一网络中，从第一层到最后一层，前馈层的梯度在 post-norm 中上升，在 pre-norm 中下降。",
             ),
             _turn,
-            limit=0.0, unit=Words("powers of ten", "数量级"), name="profile",
+            limit=0.0, unit=Words("powers of ten", "个数量级"), name="profile",
         ),
         Contrast(
             Words(

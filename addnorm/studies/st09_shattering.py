@@ -140,10 +140,10 @@ STUDY = Study(
         "若普通网络没有归一化也会退化（见 ST-04），梯度破碎就不会是退化的全部原因。",
     ),
     claims=(
-        Claim("1.21b", "001", 149, Words(
-            "What the shortcut gives is that the gradient comes back undiminished: without one it shrinks (here: "
-            "in the plain network with BatchNorm).",
-            "捷径的作用在于让梯度不衰减地传回；没有捷径，梯度就会变小（此处指加 BatchNorm 的普通网络）。",
+        Claim("1.21b", "001", 64, Words(
+            "In a deep plain network hardly any gradient reaches the layers near the input (here: of 24 layers "
+            "with BatchNorm).",
+            "深层普通网络中，靠近输入的层几乎收不到梯度（此处指加 BatchNorm 的 24 层网络）。",
         ), by="not-size", stands=False),
     ),
     factors={"net": (*NETS, *NOISES), "depth": DEPTHS},
@@ -183,9 +183,9 @@ STUDY = Study(
         ),
         Contrast(
             Words(
-                "With a shortcut the correlation falls from 10 to 50 layers by no more than 1/√5, the law "
-                "1/√L.",
-                "有捷径时，从 10 层到 50 层，相关系数的下降不超过 1/√L 规律给出的 1/√5。",
+                "With a shortcut, more than 1/√5 = 0.447 of the correlation at 10 layers is left at 50: it falls no "
+                "faster than the law 1/√L.",
+                "有捷径时，10 层处的相关系数到 50 层仍剩 1/√5 = 0.447 以上：下降不快于 1/√L 规律。",
             ),
             lambda rows: _lag1(rows, "residual", 50) / _lag1(rows, "residual", 10),
             limit=5**-0.5, unit=Words("share that is left", "剩余比例"), name="root-law",
@@ -196,7 +196,7 @@ STUDY = Study(
                 "24 层普通网络输入端的梯度并不小于输出端。",
             ),
             lambda rows: math.log10(rows.value("ratio", net="plain", depth=24)),
-            limit=0.0, unit=Words("powers of ten", "数量级"), name="not-size",
+            limit=0.0, unit=Words("powers of ten", "个数量级"), name="not-size",
         ),
         Contrast(
             Words(

@@ -113,17 +113,18 @@ STUDY = Study(
         "ReZero (no norm, gates that start at 0). The stream in front of the first layer, x₀, is held "
         "against the stream x_l behind every layer: the cosine, and how much of x₀ stands in x_l (the "
         "coefficient ⟨x_l, x₀⟩/⟨x₀, x₀⟩; 1 says that the layers left that direction alone). Beside it: the "
-        "size of each layer's update, the mean square of the stream, and the logit lens.",
+        "size of each layer's update, the mean square of the stream, and the logit lens (the output layer applied to the stream "
+        "behind each layer).",
         "以 pre-norm、post-norm 和 ReZero（无归一化，门控从 0 开始）训练 12 层、宽 64 的字符 GPT，各 300 步。"
         "把进入第一层的残差流 x₀ 与每层之后的 x_l 对照：余弦，以及 x_l 中含有多少 x₀（系数 ⟨x_l, x₀⟩/⟨x₀, x₀⟩，"
-        "等于 1 表示各层没有改动这个方向）。此外还测每层更新的相对大小、残差流的均方，以及 logit lens。",
+        "等于 1 表示各层没有改动这个方向）。此外还测每层更新的相对大小、残差流的均方，以及 logit lens（把输出层直接用在每层之后的残差流上）。",
     ),
     controls=Words(
         "One rate for all, 1e-3 with a fifth of the steps warm-up; the same batches. Everything is measured "
         "on 128 validation windows in evaluation mode. Linear and exponential growth are told apart by the "
         "share of the growth that falls into the second half: a straight line has 0.5, a curve that grows by "
         "a factor of 20 over 12 layers 0.82. The lens reads early layers with a head that was trained on the "
-        "last one: it shows at most what they know.",
+        "last one: they may know more than it shows.",
         "学习率相同（1e-3，前五分之一步预热），批次相同；所有量都在 128 个验证窗口上以评估模式测得。区分线性与"
         "指数增长的依据是后一半层占总增长的份额：直线为 0.5；若 12 层共增长 20 倍，指数曲线为 0.82。logit lens "
         "用在最后一层上训练的输出头去读前面的层，因此只给出它们所知的下限。",
@@ -143,20 +144,23 @@ STUDY = Study(
     ),
     claims=(
         Claim("0.3", "000", 35, Words(
-            "However complex the sublayers are, the input still reaches later layers by the identity.",
-            "无论子层多复杂，输入仍能以恒等映射传到后面的层。",
+            "However complex the sublayers are, the input still reaches later layers by the identity (here: in "
+            "a trained pre-norm network).",
+            "无论子层多复杂，输入仍能以恒等映射传到后面的层（此处指训练后的 pre-norm 网络）。",
         ), by="stays"),
         Claim("0.11", "000", 80, Words(
-            "Each layer's stream is a copy of the original input (but for fine differences).",
-            "每一层的残差流都是原始输入的副本（只差细微之处）。",
+            "Each layer keeps a copy of the original input (read strictly: the stream differs from it by fine "
+            "differences only; here behind the last layer of pre-norm).",
+            "每一层都保留原始输入的副本（从严理解：残差流与输入只差细微之处；此处指 pre-norm 最后一层之后）。",
         ), stands=False),
         Claim("0.11b", "000", 80, Words(
-            "The original input is kept in the stream.", "残差流中保留着原始输入。",
+            "Each layer keeps a copy of the original input (read mildly: a part of the stream).",
+            "每一层都保留原始输入的副本（从宽理解：作为残差流的一部分）。",
         ), by="stays"),
         Claim("0.12", "000", 80, Words(
-            "Each layer learns only a fine difference instead of a whole mapping (here: beyond the first, "
-            "in pre-norm).",
-            "每层只需学习细微的差异，而不必从零学习完整的映射（此处指 pre-norm 第一层之后）。",
+            "Layers learn a difference that is small beside the stream (here: less than half of it, in most "
+            "layers of pre-norm beyond the first).",
+            "各层学到的差异比残差流小（此处指 pre-norm 第一层之后的多数层，不到残差流的一半）。",
         ), by="small-updates"),
     ),
     factors={"wiring": tuple(WIRINGS)},

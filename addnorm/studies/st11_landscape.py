@@ -165,12 +165,12 @@ STUDY = Study(
     design=Words(
         "Networks of 8, 20 and 32 linear layers with BatchNorm, 64 wide, with and without the shortcut "
         "around each pair of layers, are trained on digits until their loss on 512 training images first "
-        "falls below 0.05 nats (0.15 at 32 layers, which a plain network reaches at all). Around that point "
-        "the loss is computed on planes of two random filter-normalised directions (Li et al. 2018), half "
-        "as far as the weights are long. Counted are the points of clearly negative curvature, the wells at "
+        "falls below 0.05 nats (0.15 at 32 layers, since plain networks there hardly get that low). Around that point "
+        "the loss is computed on planes of two random filter-normalised directions (Li et al. 2018), out "
+        "to half the length of the weights. Counted are the points of clearly negative curvature, the wells at "
         "least 0.1 nats deep, and the rise towards the edges.",
         "带 BatchNorm、宽 64 的全连接网络，8、20、32 层，每两层之上加或不加捷径，在手写数字上训练，直到在 512 张"
-        "训练图像上的损失首次低于 0.05 nat（32 层为 0.15，因为普通网络只能勉强达到）。然后在该点周围，沿两个随机的"
+        "训练图像上的损失首次低于 0.05 nat（32 层为 0.15，因为普通网络在此深度连这一值也未必达到）。然后在该点周围，沿两个随机的"
         "滤波器归一化方向（Li 等 2018）张成的平面计算损失，范围为权重长度的一半。统计曲率明显为负的点所占比例、"
         "深度至少 0.1 nat 的谷的个数，以及损失向边缘的上升量。",
     ),
@@ -190,20 +190,29 @@ STUDY = Study(
         "hardly any in either. But within a quarter of the length of the weights the two differ by only 1.6 "
         "points, so most of it lies far out, where the loss of the plain network bends to the plateau of "
         "guessing. The loss around the residual network even rises faster (by 3.9 against 2.1 nats half a length "
-        "away). Every picture has a single well or nearly so: nothing here is chaotic as drawn in the document. "
-        "At 32 layers three of eight plain networks never reached the loss at which they are compared; in the "
-        "five that did, the negative curvature is near by as well (33 % against 0.3 %). What is plain to see is "
-        "the way there: 199 steps against 38 at 20 layers.",
+        "away). Every picture that could be drawn has a single well or nearly so; but at 32 layers three of eight "
+        "plain networks never reached the loss at which they are compared, so on chaos as drawn in the document "
+        "there is no verdict. In the five that did, the negative curvature is near by as well (33 % against 0.3 "
+        "%). What is plain to see is the way there: 199 steps against 38 at 20 layers.",
         "“平滑”有几种含义，彼此并不一致。20 层、训练损失相同时，普通网络周围的平面上有 27% 曲率为负，残差网络只有 4%；8 层时两者都几乎没有。"
         "但在权重长度的四分之一以内，两者只差 1.6 个百分点：负曲率大多在远处，普通网络的损失在那里弯向随机猜测的平台。残差网络周围的损失甚至升得更快（走出半个长度，"
-        "上升 3.9 对 2.1 nat）。每幅图基本只有一个谷：这里没有文中所画的混乱。32 层时，八个普通网络中有三个始终没有达到用来比较的损失；"
+        "上升 3.9 对 2.1 nat）。能画出的每幅图基本只有一个谷；但 32 层时，八个普通网络中有三个始终没有达到用来比较的损失，因此对文中所画的混乱不作结论。"
         "达到的五个，负曲率在近处也很多（33% 对 0.3%）。真正显而易见的是到达那里的路程：20 层时 199 步对 38 步。",
     ),
     claims=(
         Claim("1.25", "001", 162, Words(
-            "Residual connections make the loss landscape smoother.",
-            "残差连接使损失地形更平滑。",
+            "Residual connections make the loss landscape smoother (here: fewer points of negative curvature, "
+            "at 20 layers).",
+            "残差连接使损失地形更平滑（此处指：20 层时负曲率的点更少）。",
         )),
+        Claim("1.25b", "001", 162, Words(
+            "They make it smoother (here: it rises less steeply, at 20 layers).",
+            "残差连接使损失地形更平滑（此处指：20 层时上升得更平缓）。",
+        ), by="sharper"),
+        Claim("1.25c", "001", 167, Words(
+            "The loss of a deep plain network has many wells (here: of 32 layers).",
+            "深层普通网络的损失有许多谷（此处指 32 层）。",
+        ), by="chaos"),
         Claim("1.43", "001", 282, Words(
             "With them the network finds a good minimum more easily.",
             "有了它，网络更容易找到好的极小值。",
@@ -232,7 +241,7 @@ STUDY = Study(
         ),
         lambda rows: _gap(rows, "non_convex", 20),
         limit=0.05,
-        unit=Words("share of the plane", "平面占比"),
+        unit=Words("share of the plane", "（平面占比）"),
     ),
     secondary=(
         Contrast(
@@ -241,7 +250,7 @@ STUDY = Study(
                 "8 层时，二者的比例相差不到 0.05。",
             ),
             lambda rows: _gap(rows, "non_convex", 8), limit=0.05, rule="within", name="shallow-alike",
-            unit=Words("share of the plane", "平面占比"),
+            unit=Words("share of the plane", "（平面占比）"),
         ),
         Contrast(
             Words(
@@ -249,7 +258,7 @@ STUDY = Study(
                 "32 层时，普通网络周围的比例高 0.05 以上。",
             ),
             lambda rows: _gap(rows, "non_convex", 32), limit=0.05, name="deeper",
-            unit=Words("share of the plane", "平面占比"),
+            unit=Words("share of the plane", "（平面占比）"),
         ),
         Contrast(
             Words(
@@ -257,7 +266,7 @@ STUDY = Study(
                 "20 层时，普通网络周围的损失上升更快，即更尖锐。",
             ),
             lambda rows: _decades(rows, "rise", 20), limit=0.0, name="sharper",
-            unit=Words("powers of ten", "数量级"),
+            unit=Words("powers of ten", "个数量级"),
         ),
         Contrast(
             Words(
@@ -273,16 +282,16 @@ STUDY = Study(
                 "20 层时，普通网络达到相同损失所需的步数是残差网络的两倍以上。",
             ),
             lambda rows: _decades(rows, "steps", 20), limit=math.log10(2), name="sooner",
-            unit=Words("powers of ten", "数量级"),
+            unit=Words("powers of ten", "个数量级"),
         ),
         Contrast(
             Words(
-                "So it is near by, too: within 0.25 of the 20-layer networks the share is larger around the "
-                "plain one by more than 0.05.",
-                "近处也是如此：在 20 层网络的 0.25 范围内，普通网络周围的比例高 0.05 以上。",
+                "The share of negative curvature differs near by, too: within 0.25 of the 20-layer networks it is "
+                "larger around the plain one by more than 0.05.",
+                "近处负曲率的比例也有差别：在 20 层网络的 0.25 范围内，普通网络周围的比例高 0.05 以上。",
             ),
             lambda rows: _gap(rows, "near", 20), limit=0.05, name="near-by",
-            unit=Words("share of the plane", "平面占比"),
+            unit=Words("share of the plane", "（平面占比）"),
         ),
     ),
     modes={

@@ -31,7 +31,7 @@ D = 32  # width of the vectors that are to be copied, and of the branches
 EXAMPLES = 2048
 WIRINGS = {"plain": "plain", "residual": "residual"}
 INSERTED = 8  # identity layers put into a trained network
-DECADES = Words("powers of ten", "数量级")
+DECADES = Words("powers of ten", "个数量级")
 
 
 def measure(cell: Mapping[str, Any]) -> dict[str, Any]:

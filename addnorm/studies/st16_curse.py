@@ -211,7 +211,7 @@ STUDY = Study(
                 "捷径相同，但在后一半层中，post-norm 的更新相对残差流的大小是 pre-norm 的两倍以上。",
             ),
             _stirred, limit=math.log10(2), name="stirred",
-            unit=Words("powers of ten", "数量级"),
+            unit=Words("powers of ten", "个数量级"),
         ),
     ),
     modes={

@@ -35,7 +35,7 @@ EARLY = 4  # layers after which the tokens are compared
 FLOOR = 1e-16  # of a spread in float64
 WIRINGS = {"plain": "plain", "residual": "residual"}
 LAYER: dict[str, type[nn.Module]] = {"printed": DoubledLayer, "healthy": ResidualLayer}
-DECADES = Words("powers of ten", "数量级")
+DECADES = Words("powers of ten", "个数量级")
 
 
 def measure(cell: Mapping[str, Any]) -> dict[str, Any]:

@@ -282,7 +282,7 @@ STUDY = Study(
         ),
         _gain("ratio"),
         limit=math.log10(3),
-        unit=Words("powers of ten", "数量级"),
+        unit=Words("powers of ten", "个数量级"),
     ),
     secondary=(
         _listing("first-none", "none", "exact",
@@ -321,7 +321,7 @@ STUDY = Study(
                 "vanish.",
                 "捷径也使末层的梯度增大一倍以上，而末层之后没有可以消失的东西。",
             ),
-            _gain("whole_last"), limit=math.log10(2), unit=Words("powers of ten", "数量级"), name="last-too",
+            _gain("whole_last"), limit=math.log10(2), unit=Words("powers of ten", "个数量级"), name="last-too",
         ),
         Contrast(
             Words("The gain of layer 0 is that of 2y times that of dy/dW.",
@@ -331,7 +331,7 @@ STUDY = Study(
         Contrast(
             Words("With shortcuts dy/dW of the first four layers differs by less than a factor of two.",
                   "有捷径时，前四层的 dy/dW 相差不到一倍。"),
-            _level, limit=math.log10(2), rule="below", unit=Words("powers of ten", "数量级"), name="level",
+            _level, limit=math.log10(2), rule="below", unit=Words("powers of ten", "个数量级"), name="level",
         ),
         Contrast(
             Words("With shortcuts, at seed 123, the last layer has the largest gradient.",

@@ -79,7 +79,7 @@ def _counts(rows: Rows) -> float:
     return max(len(set(rows.only(depth=d).column("parameters"))) - 1 for d in DEPTHS)
 
 
-DECADES = Words("powers of ten", "数量级")
+DECADES = Words("powers of ten", "个数量级")
 
 STUDY = Study(
     id="ST-22",

@@ -96,7 +96,7 @@ def _deepest(one: str, other: str, optimizer: str) -> Callable[[Rows], float]:
     return effect
 
 
-DECADES = Words("powers of ten", "数量级")
+DECADES = Words("powers of ten", "个数量级")
 
 STUDY = Study(
     id="ST-23",

@@ -163,7 +163,7 @@ STUDY = Study(
         Contrast(
             Words("At equal epochs the training loss is at least twice as high with it: it regularises.",
                   "训练周期相同时，带随机深度的训练损失至少高一倍：它起正则化作用。"),
-            _underfits, limit=math.log10(2), unit=Words("powers of ten", "数量级"), name="regularises",
+            _underfits, limit=math.log10(2), unit=Words("powers of ten", "个数量级"), name="regularises",
         ),
         Contrast(
             Words("At equal epochs the test errors differ by less than one point.",
