@@ -263,7 +263,7 @@ STUDY = Study(
     ),
     modes={
         "quick": Mode(9, 0.5, {"depth": (56, 100)}),
-        "default": Mode(10, 0.7),
+        "default": Mode(10, 0.5),
         "long": Mode(10, 1.7, {"depth": (10, 20, 56, 100, 200)}),
     },
     plots=(

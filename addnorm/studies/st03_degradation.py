@@ -176,8 +176,8 @@ STUDY = Study(
         ),
     ),
     modes={
-        "quick": Mode(8, 1.5, {"depth": (8, 20, 32, 56), "rate": (0.03,)}, {"steps": 120}),
-        "default": Mode(8, 4, settings={"steps": 225}),
+        "quick": Mode(8, 0.8, {"depth": (8, 20, 32, 56), "rate": (0.03,)}, {"steps": 120}),
+        "default": Mode(8, 3, settings={"steps": 225}),
         "long": Mode(8, 5.5, {"rate": (0.003, 0.01, 0.03, 0.1)}, {"steps": 225}),
     },
     plots=(

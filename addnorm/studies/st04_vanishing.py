@@ -372,7 +372,7 @@ STUDY = Study(
     ),
     modes={
         "quick": Mode(8, 1.5, settings={"steps": 100, "rates": 2}),
-        "default": Mode(8, 6, settings={"steps": 225, "rates": 4}),
+        "default": Mode(8, 5, settings={"steps": 225, "rates": 4}),
     },
     plots=(
         Plot(

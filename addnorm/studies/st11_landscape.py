@@ -295,7 +295,7 @@ STUDY = Study(
         ),
     ),
     modes={
-        "quick": Mode(8, 1.3, {"depth": (8, 20)}, {"directions": 2}),
+        "quick": Mode(8, 0.6, {"depth": (8, 20)}, {"directions": 2}),
         "default": Mode(8, 3, settings={"directions": 5}),
     },
     plots=(
