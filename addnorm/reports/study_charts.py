@@ -8,6 +8,7 @@ nothing does.
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import statistics
 from collections import defaultdict
@@ -41,7 +42,7 @@ from addnorm.reports.study_picture import (
     values_of,
     wrapped,
 )
-from addnorm.reports.study_words import amount, level_text, text_in
+from addnorm.reports.study_words import amount, factor_in, level_text, text_in
 
 POINTS = 240  # of a profile, at most
 
@@ -59,7 +60,10 @@ def plot_chart(result: Mapping[str, Any], plot: Mapping[str, Any], lang: Lang = 
     chart = draw(picture, lang)
     columns, _ = panels(range(len(picture.panels)))
     if len(picture.panels) > 1 or picture.panels[0]:
-        header = alt.Header(title=None, labelLimit=400)
+        name = plot["facet"]
+        old, new = (json.dumps(f"{word} = ") for word in (name, factor_in(name, lang)))
+        label = f"replace(datum.label, {old}, {new})"
+        header = alt.Header(title=None, labelLimit=400, labelExpr=label)
         facet = alt.Facet("p:N", header=header, sort=picture.panels)
         chart = chart.facet(facet, columns=columns, spacing=30)
     return finish(chart, (plot["title"]["en"], plot["title"]["zh"]), _under(picture), lang)

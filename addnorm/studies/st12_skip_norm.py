@@ -253,15 +253,15 @@ STUDY = Study(
     },
     plots=(
         Plot(
-            "profile", Words("Training, embeddings N(0, 1)", "训练，词嵌入服从 N(0, 1)"),
-            x="step", y="curve", color="net", facet="rate", log_y=True, only={"embedding": 1.0},
-            x_title=Words("step", "步"),
+            "dots", Words("Validation loss, by size of the embeddings", "验证损失，按词嵌入的大小"),
+            x="net", y="loss", color="rate", facet="embedding",
             reference=bench.UNIGRAM,
             reference_title=Words("guessing by frequency", "按字符频率猜测"),
         ),
         Plot(
-            "dots", Words("Validation loss", "验证损失"),
-            x="net", y="loss", color="rate", facet="embedding",
+            "profile", Words("Training, embeddings N(0, 1)", "训练，词嵌入服从 N(0, 1)"),
+            x="step", y="curve", color="net", facet="rate", log_y=True, only={"embedding": 1.0},
+            x_title=Words("step", "步"),
             reference=bench.UNIGRAM,
             reference_title=Words("guessing by frequency", "按字符频率猜测"),
         ),
