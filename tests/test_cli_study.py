@@ -164,9 +164,14 @@ def test_all_leaves_the_heavy_ones_to_long(monkeypatch, capsys):
         (["plus-one", "--budget", "soon"], "--budget: 'soon' is not a number"),
         (
             ["degradation", "--budget", "0.01"],
-            "a budget of 0.01 minutes is too small for a verdict on degradation: it needs about ",
+            "a budget of 0.01 minutes is too small for a verdict on degradation: the fewest seeds ",
         ),
-        (["plus-one", "--out", "text"], "cannot read or write"),
+        (["plus-one", "--out", "text"], "--out 'text' is not a folder"),
+        (["--out", "text"], "--out 'text' is not a folder"),
+        (["plus-one", "--out", ""], "--out '' is not a folder"),
+        (["plus-one", "--json", "."], "--json '.' is a folder; name a file, or - for stdout"),
+        (["--quick"], "--quick needs something to run: name studies, or add --all"),
+        (["errata", "--budget", "3"], "--budget needs something to run"),
         (["--lang", "de"], "invalid choice 'de' for argument '--lang'"),
         (["--bugdet", "3"], "unknown option '--bugdet'; did you mean --budget?"),
     ],
@@ -181,22 +186,22 @@ def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
         assert "another process is writing to studies" in refused(capsys, *RUN)
 
 
-def test_a_torn_result_is_named(tmp_path, capsys):
-    (tmp_path / "studies").mkdir()
-    (tmp_path / "studies" / "plus-one.json").write_text("{")
-    assert refused(capsys, "study").startswith("studies/plus-one.json is not JSON")
-
-
-def test_a_result_of_another_schema_counts_as_none(tmp_path, capsys):
-    """Neither a later call that lists nor one that runs with a small budget trips over it."""
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 1}', '{"schema": 0, "name": "cost"}'])
+def test_a_damaged_result_is_named_and_left_out(tmp_path, capsys, text):
+    """Neither a call that lists, nor the errata, nor a run of another study trips over it."""
     folder = tmp_path / "studies"
     folder.mkdir()
-    (folder / "arithmetic.json").write_text('{"schema": 0, "name": "arithmetic"}')
-    assert main(["study"]) == 0
-    assert main([*RUN, "--lang", "en"]) == 0
+    (folder / "arithmetic.json").write_text(text)
+    for words in (["study"], ["study", "errata"], RUN):
+        assert main(words) == 0
+        told = "not the result of a study, left out: studies/arithmetic.json"
+        assert told in capsys.readouterr().err, words
+    assert (folder / "plus-one.html").exists()
     assert main(["study", "arithmetic"]) == 0
-    capsys.readouterr()
     assert json.loads((folder / "arithmetic.json").read_text())["verdict"] == "SUPPORTED"
+    capsys.readouterr()
+    assert main(["study"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 # -- what is printed ---------------------------------------------------------------------------
@@ -221,7 +226,7 @@ def rows_of_all():
 
 
 @pytest.mark.parametrize("lang", ["en", "zh"])
-@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("width", [60, 80, 110, 120, 140])
 def test_the_list_fits(width, lang):
     """No line is wider, and no name, verdict or date is torn apart."""
     rows = rows_of_all()
@@ -230,9 +235,10 @@ def test_the_list_fits(width, lang):
     assert max(wide) <= width
     for row in rows:
         assert f"{row['id']} {row['name']}" in text
-    assert text.count("2026-" if "2026-" in rows[0]["date"] else rows[0]["date"][:5]) == len(rows)
+    assert text.count(rows[0]["date"]) == (len(rows) if width >= 80 else 0)
+    assert len(re.findall(r" (default|默认)$", text.replace(" \n", "\n"), re.M)) == len(rows)
     assert text.count("不能断定" if lang == "zh" else "inconclusive") == len(rows) + 1
-    assert width < 100 or text.count("−0.123 [−1.2e−5, 0.456]") == len(rows)
+    assert width < 110 or text.count("−0.123 [−1.2e−5, 0.456]") == len(rows)
 
 
 def test_claims_are_printed_by_document_and_line():

@@ -318,13 +318,33 @@ def test_two_runs_are_equal(tmp_path):
     assert results[0] == results[1]
 
 
-def test_a_torn_cell_is_named(tmp_path):
+@pytest.mark.parametrize("text", ["", "{", "null", "[]", "{}", '{"seconds": 1}', "\x00"])
+def test_a_damaged_cell_is_measured_again(tmp_path, text):
     study = counting(tmp_path)
-    run_studies([study], "quick", out=tmp_path, jobs=1)
+    (first,) = run_studies([study], "quick", out=tmp_path, jobs=1)
     path = next((tmp_path / "cells").iterdir())
-    path.write_text("{")
-    with pytest.raises(ValueError, match=rf"{path.name} is not JSON"):
-        run_studies([study], "quick", out=tmp_path, jobs=1)
+    whole = json.loads(path.read_text())
+    path.write_text(text)
+    (second,) = run_studies([study], "quick", out=tmp_path, jobs=1)
+    assert len(calls(tmp_path)) == 12 + 1
+    assert json.loads(path.read_text()) | {"seconds": 0} == whole | {"seconds": 0}
+    assert second["contrasts"] == first["contrasts"]
+
+
+def test_a_result_of_another_mode_is_replaced_and_said(tmp_path):
+    class Said(Heard):
+        told = ()
+
+        def say(self, message):
+            self.told += (message,)
+
+    study, heard = counting(tmp_path), Said()
+    run_studies([study], "quick", out=tmp_path, jobs=1, observer=heard)
+    run_studies([study], "quick", out=tmp_path, jobs=1, observer=heard)
+    assert heard.told == ()
+    run_studies([study], out=tmp_path, jobs=1, observer=heard)
+    (message,) = heard.told
+    assert message.startswith("made-up: replaces the result of quick mode of 20")
 
 
 def test_a_budget_that_cannot_give_a_verdict_is_refused(tmp_path):
@@ -333,10 +353,10 @@ def test_a_budget_that_cannot_give_a_verdict_is_refused(tmp_path):
     with pytest.raises(ValueError, match="budget") as refused:  # 6 of 12 seeds take 10 minutes
         run_studies(studies, out=tmp_path, jobs=1, budget=9)
     assert str(refused.value) == (
-        "a budget of 9 minutes is too small for a verdict on made-up: it needs about 10 on 2 "
-        "cores, or --quick, which takes about 4"
+        "a budget of 9 minutes is too small for a verdict on made-up: the fewest seeds that can "
+        "decide need about 10 on 2 cores, those of --quick about 4"
     )
-    with pytest.raises(ValueError, match="on made-up, made-up, made-up and 1 more: it needs"):
+    with pytest.raises(ValueError, match="on made-up, made-up, made-up and 1 more: the fewest"):
         run_studies(studies * 4, out=tmp_path, jobs=1, budget=9)
     assert not calls(tmp_path)
 
@@ -417,6 +437,18 @@ def test_the_last_verdict_is_that_of_the_folder_or_else_the_shipped_one(tmp_path
     found = {row["name"]: row["verdict"] for row in last_verdicts(tmp_path / "out")}
     assert (found.pop("plus-one"), found.pop("degradation")) == ("SUPPORTED", "INCONCLUSIVE")
     assert set(found.values()) == {""}
+    shipped = {row["name"]: row["shipped"] for row in last_verdicts(tmp_path / "out")}
+    assert [shipped[n] for n in ("plus-one", "degradation", "vanishing")] == [False, True, False]
+    unknown = [row for row in last_verdicts(tmp_path / "none") if not row["verdict"]]
+    assert {claim["verdict"] for row in unknown for claim in row["claims"]} == {""}
+
+
+def test_the_shipped_verdicts_are_of_the_claims_as_they_stand(tmp_path):
+    declared = {s.name: [(c.id, c.says._asdict()) for c in s.claims] for s in all_studies()}
+    shipped = [row for row in last_verdicts(tmp_path) if row["shipped"]]
+    assert {row["name"] for row in shipped} == declared.keys()
+    for row in shipped:
+        assert [(c["id"], c["says"]) for c in row["claims"]] == declared[row["name"]], row["name"]
 
 
 def test_claims_of_what_was_never_run_have_no_verdict():

@@ -342,8 +342,8 @@ def test_a_page_leads_from_the_claim_to_the_verdict(folder, result):
         "Median effect over 8 seeds: 1.83 nats, 95 % interval [1.4, 1.91]; the statement asks for "
         "&gt; 0.5 nats, p = 0.008.",
         "001:9 Deep plain networks are worse. supported It follows from what was tested",
-        "000:80 Depth alone decides. refuted What was tested says the opposite: “The width makes no "
-        "difference” (supported)",
+        "000:80 Depth alone decides. refuted What was tested says the opposite: “The width makes "
+        "no difference” (supported)",
         "Networks of several depths.",
         "All else is equal.",
         "asks for an effect &gt; 0.5 nats",

@@ -19,12 +19,14 @@ from addnorm.studies.errata import check_errata
 from addnorm.studies.running import (
     StudyObserver,
     claim_verdicts,
+    damaged_results,
     last_results,
     last_verdicts,
     run_studies,
     summary,
 )
 
+WIDTH = 140  # columns where the output is no terminal
 FEW = 5  # studies, up to which a run also prints the claims
 
 
@@ -63,9 +65,11 @@ def run(options: Options) -> int:
     """
     _check(options)
     out = Path(options.out)
+    for path in damaged_results(out):
+        messages().print(f"not the result of a study, left out: {path}", soft_wrap=True)
     if "errata" in options.names:
         rows = check_errata(claim_verdicts(last_verdicts(out)))
-        print_errata(results(options.json, width=120), rows, options.lang)
+        print_errata(results(options.json, width=WIDTH), rows, options.lang)
         emit_json(rows, options.json)
         return int(any(row["status"] == "fails" for row in rows))
     if not (options.names or options.all):
@@ -101,11 +105,24 @@ def _check(options: Options) -> None:
         raise ValueError(f"budget {options.budget:g} must be above 0 minutes")
     if options.jobs < 0:
         raise ValueError(f"jobs {options.jobs} must be at least 0")
+    runs = options.all or (options.names and "errata" not in options.names)
+    given = {
+        "--quick": options.quick,
+        "--long": options.long,
+        "--budget": options.budget < math.inf,
+    }
+    lone = [name for name, is_given in given.items() if is_given]
+    if lone and not runs:
+        raise ValueError(f"{lone[0]} needs something to run: name studies, or add --all")
+    if not options.out or (Path(options.out).exists() and not Path(options.out).is_dir()):
+        raise ValueError(f"--out {options.out!r} is not a folder")
+    if options.json not in ("", "-") and Path(options.json).is_dir():
+        raise ValueError(f"--json {options.json!r} is a folder; name a file, or - for stdout")
 
 
 def _show(rows: list[dict[str, Any]], options: Options, claims: bool = False) -> None:
     """Print the verdicts, and those on the claims where asked for, and write the JSON."""
-    console = results(options.json, width=120)
+    console = results(options.json, width=WIDTH)
     print_studies(console, rows, options.lang)
     if claims:
         print_claims(console, rows, options.lang)

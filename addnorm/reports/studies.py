@@ -27,7 +27,12 @@ from addnorm.reports.study_words import (
 )
 
 COLOURS = {"SUPPORTED": "green", "REFUTED": "red", "INCONCLUSIVE": "yellow", "": "dim"}
-WIDE = 100  # columns from which the list has titles, minutes and modes
+TIERS = (  # columns of the terminal, and what the list shows from there on
+    (130, ("study", "title", "verdict", "effect", "p", "seeds", "minutes", "date", "mode")),
+    (110, ("study", "verdict", "effect", "p", "seeds", "minutes", "date", "mode")),
+    (80, ("study", "verdict", "effect", "date", "mode")),
+    (0, ("study", "verdict", "effect", "mode")),
+)
 WORDS = {
     "study": ("study", "实验"),
     "title": ("about", "内容"),
@@ -35,7 +40,7 @@ WORDS = {
     "effect": ("effect [95 % interval]", "效应 [95% 区间]"),
     "p": ("p", "p"),
     "seeds": ("seeds", "种子"),
-    "minutes": ("min", "分钟"),
+    "minutes": ("core min", "核·分钟"),
     "date": ("date", "日期"),
     "mode": ("mode", "模式"),
     "cells": ("cells", "单元"),
@@ -46,6 +51,10 @@ WORDS = {
     "heavy": (
         "* heavy: --all leaves it out unless --long is given",
         "* 耗时较长：--all 只有加 --long 才会运行它",
+    ),
+    "shipped": (
+        "° came with addnorm; not run in this folder",
+        "° 随 addnorm 附带，未在此文件夹运行",
     ),
     "run": (
         "addnorm study NAME runs one, addnorm study --all all but the heavy ones.",
@@ -225,12 +234,10 @@ def print_studies(console: Console, rows: Sequence[Mapping[str, Any]], lang: str
     """Print a row per study: its last verdict with effect, interval, p, seeds, minutes, date.
 
     `rows` as `addnorm.studies.running.summary` makes them; the verdict is "" where it was never
-    run. From 100 columns on the titles, minutes and modes are shown too.
+    run. Minutes are those of one core. A narrow terminal leaves columns out, the mode never.
     """
-    wide = console.width >= WIDE
-    keys = ["study", "title", "verdict", "effect", "p", "seeds", "minutes", "date", "mode"]
-    if not wide:
-        keys = [key for key in keys if key not in ("title", "minutes", "mode")]
+    keys = next(keys for width, keys in TIERS if console.width >= width)
+    wide = console.width >= TIERS[1][0]
     table = Table(box=None, pad_edge=False)
     numbers = [effect_in({**row, "unit": {"en": "", "zh": ""}}, lang) for row in rows]
     longest = max(map(len, numbers), default=0)  # the unit may go to the next line, no more
@@ -240,7 +247,7 @@ def print_studies(console: Console, rows: Sequence[Mapping[str, Any]], lang: str
             _word(key, lang),
             justify="right" if right else "left",
             overflow="fold",
-            no_wrap=key not in ("title", "effect", "verdict"),
+            no_wrap=key not in ("title", "effect"),
             min_width=longest if wide and key == "effect" else None,
             ratio={"title": 2, "effect": 3}.get(key) if wide else None,
         )
@@ -248,6 +255,7 @@ def print_studies(console: Console, rows: Sequence[Mapping[str, Any]], lang: str
         ran = bool(row["verdict"])
         name = Text.assemble((row["id"], "dim"), " ", (row["name"], "cyan"))
         name.append(" *" if row["heavy"] else "", style="dim")
+        name.append(" °" if row.get("shipped") else "", style="dim")
         cells: dict[str, str | Text] = {
             "study": name,
             "title": text_in(row["title"], lang),
@@ -261,8 +269,9 @@ def print_studies(console: Console, rows: Sequence[Mapping[str, Any]], lang: str
         }
         table.add_row(*(cells[key] for key in keys))
     console.print(table, highlight=False)
-    if any(row["heavy"] for row in rows):
-        console.print(Text(_word("heavy", lang), style="dim"))
+    for note in ("heavy", "shipped"):
+        if any(row.get(note) for row in rows):
+            console.print(Text(_word(note, lang), style="dim"))
     if len(rows) > 1:
         console.print(counted((row["verdict"] for row in rows), lang), highlight=False)
 

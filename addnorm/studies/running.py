@@ -54,8 +54,8 @@ class _Course:
         self.study, self.mode, self.out = study, mode, out
         cells = list(study.cells(mode))
         self.cells = dict(zip(keys_of(study, cells), cells, strict=True))
-        paths = {key: _file(out, key) for key in self.cells}
-        self.rows = {k: dict(read_json(path)) for k, path in paths.items() if path.exists()}
+        kept = {k: _kept(_file(out, k), cell) for k, cell in self.cells.items()}
+        self.rows = {key: row for key, row in kept.items() if row}
         self.result: dict[str, Any] | None = None
         self.error = ""  # the traceback of a defect in its measure
 
@@ -86,6 +86,13 @@ def run_studies(
     courses = [_Course(study, mode, out) for study in studies]
     _check_budget(courses, budget)
     observer.begin(studies, mode, [(len(c.cells), len(c.rows)) for c in courses])
+    for course in courses:
+        before = _last_result(out / f"{course.study.name}.json")
+        if before and before["mode"] != mode:
+            observer.say(
+                f"{course.study.name}: replaces the result of {before['mode']} mode of "
+                f"{before['date']}; its cells are kept"
+            )
     for course in courses:
         for row in course.rows.values():
             observer.cell(course.study, row)
@@ -164,6 +171,22 @@ def _file(out: Path, key: str) -> Path:
     return out / "cells" / f"{key}.json"
 
 
+def _kept(path: Path, cell: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the row in the file; nothing where it is missing or damaged: it is measured again."""
+    row = _json_object(path)
+    whole = "seconds" in row and all(row.get(k) == v for k, v in plain_values(cell).items())
+    return row if whole else {}
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; an empty one where there is none."""
+    try:
+        found = read_json(path)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def _keep(result: dict[str, Any], out: Path) -> None:
     """Write the result, unless a budget has cut it short and a whole one is there."""
     path = out / f"{result['name']}.json"
@@ -184,14 +207,15 @@ def _check_budget(courses: Sequence[_Course], budget: float) -> None:
     if total <= budget:
         return
     studies = [course.study for course in courses]
-    quick = sum(study.mode("quick").minutes for study in studies)
+    modes = [study.mode("quick") for study in studies]
+    quick = sum(min(1.0, SEEDS / m.seeds) * m.minutes for m in modes)
     names = ", ".join(study.name for study in studies[:3])
     more = f" and {len(studies) - 3} more" if len(studies) > 3 else ""
     shorter = courses[0].mode != "quick" and quick < total
-    hint = f", or --quick, which takes about {quick:.2g}" if shorter else ""
+    hint = f", those of --quick about {quick:.2g}" if shorter else ""
     raise ValueError(
-        f"a budget of {budget:g} minutes is too small for a verdict on {names}{more}: it needs "
-        f"about {total:.2g} on 2 cores{hint}"
+        f"a budget of {budget:g} minutes is too small for a verdict on {names}{more}: the "
+        f"fewest seeds that can decide need about {total:.2g} on 2 cores{hint}"
     )
 
 
@@ -338,19 +362,27 @@ def last_results(out: Path) -> list[dict[str, Any]]:
 
 
 def _last_result(path: Path) -> dict[str, Any]:
-    """Return the result in the file; nothing where it is missing or of another schema."""
-    found = read_json(path) if path.exists() else {}
-    return dict(found) if isinstance(found, dict) and found.get("schema") == SCHEMA else {}
+    """Return the result in the file; nothing where it is missing, damaged or of another schema."""
+    found = _json_object(path)
+    parts = {"name", "verdict", "claims", "contrasts", "rows", "seeds", "planned"}
+    return found if found.get("schema") == SCHEMA and parts <= found.keys() else {}
+
+
+def damaged_results(out: Path) -> list[Path]:
+    """Return the files in `out` that are named as results of studies and are none."""
+    paths = [out / f"{study.name}.json" for study in all_studies()]
+    return [path for path in paths if path.exists() and not _last_result(path)]
 
 
 def last_verdicts(out: Path) -> list[dict[str, Any]]:
     """Return the row of every study: its last result in `out`, else the one the package ships.
 
-    A study that was never run has no verdict.
+    `shipped` says which. A study that was never run has no verdict, and no claim of it has one.
     """
     shipped = Path(__file__).parent / "verdicts.json"
-    known = {row["name"]: row for row in (read_json(shipped) if shipped.exists() else [])}
-    known |= {result["name"]: summary(result) for result in last_results(out)}
+    rows = read_json(shipped) if shipped.exists() else []
+    known = {row["name"]: {**row, "shipped": True} for row in rows}
+    known |= {r["name"]: summary(r) | {"shipped": False} for r in last_results(out)}
     return [known.get(study.name) or _unknown(study) for study in all_studies()]
 
 
@@ -365,4 +397,7 @@ def claim_verdicts(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], s
 
 
 def _unknown(study: Study) -> dict[str, Any]:
-    return summary(conclude_study(study, "default", [])) | {"verdict": "", "date": ""}
+    row = summary(conclude_study(study, "default", []))
+    claims = [claim | {"verdict": ""} for claim in row["claims"]]
+    nothing = dict.fromkeys(("verdict", "mode", "date", "torch", "python", "machine"), "")
+    return row | nothing | {"claims": claims, "shipped": False}
