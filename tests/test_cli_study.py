@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -104,9 +105,21 @@ def test_the_errata_are_checked_with_the_last_verdicts(ran, monkeypatch, capsys)
     assert len(rows) == 47
     assert all(row["id"] in out for row in rows)
     told = {row["id"]: row["evidence"]["en"] for row in rows}
-    assert "Study ST-02, claim 1.23: refuted." in told["E02"]
+    assert "Study ST-02 (plus-one), the claim at 001:149: refuted." in told["E02"]
     assert main(["study", "errata", "--lang", "zh"]) == 0
     assert "共 47 条" in capsys.readouterr().out
+
+
+def test_one_erratum_is_shown_whole(capsys):
+    assert main(["study", "errata", "e03", "E29", "--json", "two.json"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    rows = json.loads(Path("two.json").read_text())
+    assert [row["id"] for row in rows] == ["E03", "E29"]
+    for row in rows:
+        parts = [row["says"]["en"], row["right"]["en"], row["evidence"]["en"], *row["sources"]]
+        assert all(" ".join(part.split()) in shown for part in parts), row["id"]
+    assert main(["study", "errata", "E03", "--lang", "zh"]) == 0
+    assert "雅可比" in capsys.readouterr().out
 
 
 def test_an_erratum_that_fails_is_exit_code_1(monkeypatch, capsys):
@@ -157,7 +170,10 @@ def test_all_leaves_the_heavy_ones_to_long(monkeypatch, capsys):
         (["erata"], "unknown study 'erata'; did you mean 'errata'? (known: "),
         (["plus-one", "--quick", "--long"], "--quick and --long exclude each other"),
         (["plus-one", "--all"], "--all runs every study; leave the names out"),
-        (["errata", "plus-one"], "errata stands alone: addnorm study errata"),
+        (
+            ["errata", "plus-one"],
+            "unknown erratum 'PLUS-ONE': errata takes numbers from E01 to E47",
+        ),
         (["plus-one", "--jobs", "-1"], "jobs -1 must be at least 0"),
         (["plus-one", "--budget", "0"], "budget 0 must be above 0 minutes"),
         (["plus-one", "--budget", "nan"], "budget nan must be above 0 minutes"),

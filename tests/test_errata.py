@@ -284,7 +284,9 @@ def test_a_study_beside_a_citation_is_told_and_does_not_decide():
     for verdict, told in (("INCONCLUSIVE", "inconclusive"), ("SUPPORTED", "supported")):
         (row,) = (r for r in check_errata({("ST-05", "2.15"): verdict}) if r["id"] == "E29")
         assert row["status"] == "holds"
-        assert row["evidence"]["en"] == f"As the sources say. Study ST-05, claim 2.15: {told}."
+        assert row["evidence"]["en"] == (
+            f"As the sources say. Study ST-05 (shortcuts), the claim at 002:145: {told}."
+        )
 
 
 def test_without_verdicts_only_the_studies_are_open(errata, rows):
@@ -309,15 +311,17 @@ def test_a_study_decides_by_the_verdict_on_its_claim(errata, verdict, status, en
     verdicts = {("ST-04", "1.29"): "REFUTED"} | ({("ST-04", "1.10"): verdict} if verdict else {})
     (row,) = check_errata(verdicts, [e for e in errata if e.id == "E01"])
     assert row["status"] == status
-    assert row["evidence"]["en"] == f"Study ST-04, claim 1.10: {en}."
-    assert row["evidence"]["zh"] == f"实验 ST-04，论断 1.10：{zh}。"
+    assert row["evidence"]["en"] == f"Study ST-04 (vanishing), the claim at 001:33: {en}."
+    assert row["evidence"]["zh"] == f"实验 ST-04（vanishing），001:33 的论断：{zh}。"
 
 
 def test_the_verdict_of_a_further_study_is_told_and_decides_nothing(errata):
     (row,) = check_errata({("ST-02", "1.23"): "SUPPORTED"}, [e for e in errata if e.id == "E02"])
     assert row["status"] == "holds"
-    assert row["evidence"]["en"].endswith("Study ST-02, claim 1.23: supported.")
-    assert row["evidence"]["zh"].endswith("实验 ST-02，论断 1.23：得到支持。")
+    assert row["evidence"]["en"].endswith(
+        "Study ST-02 (plus-one), the claim at 001:149: supported."
+    )
+    assert row["evidence"]["zh"].endswith("实验 ST-02（plus-one），001:149 的论断：得到支持。")
 
 
 def test_a_check_that_does_not_hold_fails(errata, monkeypatch):

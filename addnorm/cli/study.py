@@ -11,7 +11,7 @@ import tyro
 
 from addnorm.cli.parsing import Lang, emit_json, messages, results
 from addnorm.files import locked
-from addnorm.reports.errata import print_errata
+from addnorm.reports.errata import print_errata, print_erratum
 from addnorm.reports.studies import LiveStudies, print_claims, print_studies
 from addnorm.reports.study_pages import write_study_pages
 from addnorm.studies import all_studies, find_studies
@@ -35,7 +35,8 @@ class Options:
     """The options of `addnorm study`."""
 
     names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """studies by name or number; `errata` checks the documents' 47 errata; none lists all"""
+    """studies by name or number; `errata` checks the documents' 47 errata, `errata E21` shows one
+    whole; none lists all"""
     all: bool = False
     """run every study; the heavy ones only with --long"""
     quick: bool = False
@@ -68,10 +69,7 @@ def run(options: Options) -> int:
     for path in damaged_results(out):
         messages().print(f"not the result of a study, left out: {path}", soft_wrap=True)
     if "errata" in options.names:
-        rows = check_errata(claim_verdicts(last_verdicts(out)))
-        print_errata(results(options.json, width=WIDTH), rows, options.lang)
-        emit_json(rows, options.json)
-        return int(any(row["status"] == "fails" for row in rows))
+        return _errata(options, out)
     if not (options.names or options.all):
         _show(last_verdicts(out), options)
         return 0
@@ -99,8 +97,6 @@ def _check(options: Options) -> None:
         raise ValueError("--quick and --long exclude each other")
     if options.all and options.names:
         raise ValueError("--all runs every study; leave the names out")
-    if "errata" in options.names and len(options.names) > 1:
-        raise ValueError("errata stands alone: addnorm study errata")
     if not options.budget > 0:
         raise ValueError(f"budget {options.budget:g} must be above 0 minutes")
     if options.jobs < 0:
@@ -118,6 +114,25 @@ def _check(options: Options) -> None:
         raise ValueError(f"--out {options.out!r} is not a folder")
     if options.json not in ("", "-") and Path(options.json).is_dir():
         raise ValueError(f"--json {options.json!r} is a folder; name a file, or - for stdout")
+
+
+def _errata(options: Options, out: Path) -> int:
+    """Check the errata, all or those named, and return 1 where one fails."""
+    rows = check_errata(claim_verdicts(last_verdicts(out)))
+    known = {row["id"]: row for row in rows}
+    wanted = [name.upper() for name in options.names if name != "errata"]
+    for name in wanted:
+        if name not in known:
+            raise ValueError(f"unknown erratum {name!r}: errata takes numbers from E01 to E47")
+    console = results(options.json, width=WIDTH)
+    if wanted:
+        rows = [known[name] for name in wanted]
+        for row in rows:
+            print_erratum(console, row, options.lang)
+    else:
+        print_errata(console, rows, options.lang)
+    emit_json(rows, options.json)
+    return int(any(row["status"] == "fails" for row in rows))
 
 
 def _show(rows: list[dict[str, Any]], options: Options, claims: bool = False) -> None:

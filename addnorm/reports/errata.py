@@ -62,6 +62,10 @@ WORDS = {
     "is": ("Right:", "正确："),
     "sources": ("Sources:", "文献："),
     "document": ("Document", "文档"),
+    "whole": (
+        "addnorm study errata E21 shows one whole: what is said, the evidence, the sources.",
+        "addnorm study errata E21 显示其中一条的全部：原来怎么说、证据、文献。",
+    ),
 }
 INTRODUCTION = {
     "en": """\
@@ -223,6 +227,24 @@ def print_errata(console: Console, rows: Sequence[Mapping[str, Any]], lang: str)
         )
     console.print(table)
     console.print(_summary(rows, lang), markup=False, highlight=False)
+    console.print(Text(_word("whole", lang), style="dim"))
+
+
+def print_erratum(console: Console, row: Mapping[str, Any], lang: str) -> None:
+    """Print one erratum whole: what is said and where, what is right, the proof, the sources."""
+    severity = _of(SEVERITIES[row["severity"]], lang)
+    head = Text.assemble((row["id"], "bold"), f"  {_places(row, lang)}  {severity}")
+    outcome = Text(f"{_of(KINDS[row['proof']], lang)}: ")
+    outcome.append(_of(STATUS[row["status"]], lang), style=STATUS[row["status"]][2])
+    for line in (
+        head,
+        Text(f"{_word('says', lang)} {row['says'][lang]}"),
+        Text(f"{_word('is', lang)} {row['right'][lang]}"),
+        outcome.append(f" {row['evidence'][lang]}"),
+        *(Text(source, style="dim") for source in row["sources"]),
+        Text(),
+    ):
+        console.print(line)
 
 
 def write_docs(

@@ -16,6 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from addnorm.studies import all_studies
 from addnorm.studies.checks import CHECKS, prove
 from addnorm.studies.frame import Words
 
@@ -159,9 +160,10 @@ def _outcome(erratum: Erratum, verdicts: Mapping[tuple[str, str], str]) -> tuple
     """Return the status and what is said for it."""
     verdict = verdicts.get((erratum.study, erratum.claim), "")
     answer = ANSWERS[verdict] if verdict else NOT_RUN
+    where = _answered(erratum) if erratum.study else ("", "")
     studied = Words(
-        f"Study {erratum.study}, claim {erratum.claim}: {answer.en}.",
-        f"实验 {erratum.study}，论断 {erratum.claim}：{answer.zh}。",
+        f"Study {erratum.study} ({where[0]}), the claim at {where[1]}: {answer.en}.",
+        f"实验 {erratum.study}（{where[0]}），{where[1]} 的论断：{answer.zh}。",
     )
     if erratum.proof == "run":
         proof = prove(erratum.check)
@@ -179,6 +181,13 @@ def _outcome(erratum: Erratum, verdicts: Mapping[tuple[str, str], str]) -> tuple
         told = Words("As the sources say.", "依据所引文献。")
         return "holds", _joined(told, studied) if verdict else told
     return "holds", Words("The document shows it.", "文中即可看出。")
+
+
+def _answered(erratum: Erratum) -> tuple[str, str]:
+    """Return the name of the study that answers the erratum's claim, and where that stands."""
+    (study,) = (s for s in all_studies() if s.id == erratum.study)
+    (claim,) = (c for c in study.claims if c.id == erratum.claim)
+    return study.name, f"{claim.document}:{claim.line}"
 
 
 def _joined(first: Words, second: Words) -> Words:
