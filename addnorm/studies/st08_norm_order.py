@@ -288,7 +288,6 @@ STUDY = Study(
     modes={
         "quick": Mode(8, 2.1, settings={"steps": 120}),
         "default": Mode(8, 4.4, settings={"steps": 300}),
-        "long": Mode(8, 7, {"rate": (3e-4, RATE, 3e-3)}, {"steps": 300}),
     },
     plots=(
         Plot(

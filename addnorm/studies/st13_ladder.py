@@ -232,7 +232,6 @@ STUDY = Study(
     modes={
         "quick": Mode(8, 1.7, settings={"steps": 300}),
         "default": Mode(8, 4.5, settings={"steps": 1000}),
-        "long": Mode(8, 7, {"rate": (1e-3, 3e-3, 1e-2)}, {"steps": 1000}),
     },
     plots=(
         Plot(

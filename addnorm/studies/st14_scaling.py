@@ -263,7 +263,6 @@ STUDY = Study(
     modes={
         "quick": Mode(8, 0.8, {"depth": (SHALLOW,), "rate": (1e-2,)}, {"steps": CAP}),
         "default": Mode(8, 5, settings={"steps": CAP}),
-        "long": Mode(8, 10, {"rate": (*RATES, 3e-2), "depth": (8, SHALLOW, 128)}, {"steps": CAP}),
     },
     plots=(
         Plot(
