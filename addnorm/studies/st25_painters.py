@@ -159,17 +159,21 @@ STUDY = Study(
         "（1e-3，500 步中前五分之一为预热）。这些网络小，且处于训练早期；文献中的是 32 至 80 层的语言模型。",
     ),
     lesson=Words(
-        "Ask two things apart: whether a layer must be there, and whether it must stand where it stands. "
-        "What costs less than leaving the layers out shows that they read and write much the same stream; "
-        "what costs anything shows that they are no set of independent voters. How a layer lives with "
-        "another order also depends on the norm, so no answer here is one about shortcuts alone.",
-        "应分开问两件事：一层是否必须存在，以及是否必须在原来的位置。代价小于去除，说明各层读写的残差流大致相同；只要"
-        "有代价，就说明它们不是彼此独立的投票者。改变次序的影响还取决于归一化，因此这里的答案不只关乎捷径。",
+        "Two questions: must a layer be there, and must it stand where it stands. In pre-norm the six middle "
+        "layers of twelve cost 0.13 nats when they are left out, 0.08 side by side, 0.026 in reverse and 0.010 in "
+        "random order: they read and write much the same stream. But they are no independent voters: ten layers "
+        "in random order cost 0.11. Repeating the centre layer six times costs as much as leaving the six out. In "
+        "post-norm random order costs 0.17 in the median, one seed that hardly trained less, so that the "
+        "difference is not decided: how a layer lives with another order is not a matter of the shortcut alone.",
+        "两个问题：一层是否必须存在，以及是否必须在原来的位置。pre-norm 十二层中的六个中间层，去掉的代价是 0.13 nat，并列是 0.08，"
+        "逆序 0.026，随机次序 0.010：各层读写的残差流大致相同。但它们并不是独立的投票者：十层随机排序的代价是 0.11。把中心层重复六次，"
+        "代价与去掉六层相当。post-norm 中随机次序的代价中位数为 0.17，有一个几乎没学会的种子较小，因此差别不能断定：改变次序的影响并不只取决于捷径。",
     ),
     claims=(
         Claim("1.41", "001", 270, Words(
-            "Its structure makes it as robust as an ensemble.",
-            "残差网络在结构上天然具有集成的鲁棒性。",
+            "Its structure makes it robust as ensembles are (here: any one of the middle layers of a pre-norm GPT "
+            "can be left out).",
+            "残差网络像集成一样，在结构上天然鲁棒（此处指：pre-norm GPT 的中间层少任何一层都无妨）。",
         ), by="one-missing"),
     ),
     factors={"wiring": tuple(WIRINGS)},
