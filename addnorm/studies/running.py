@@ -51,7 +51,8 @@ class _Course:
     """A study on its way: its cells, the rows that are known, and its result."""
 
     def __init__(self, study: Study, mode: str, out: Path) -> None:
-        self.study, self.mode, self.out = study, mode, out
+        self.study, self.out = study, out
+        self.mode = mode if mode in study.modes else "default"
         cells = list(study.cells(mode))
         self.cells = dict(zip(keys_of(study, cells), cells, strict=True))
         kept = {k: _kept(_file(out, k), cell) for k, cell in self.cells.items()}
@@ -88,7 +89,7 @@ def run_studies(
     observer.begin(studies, mode, [(len(c.cells), len(c.rows)) for c in courses])
     for course in courses:
         before = _last_result(out / f"{course.study.name}.json")
-        if before and before["mode"] != mode:
+        if before and before["mode"] != course.mode:
             observer.say(
                 f"{course.study.name}: replaces the result of {before['mode']} mode of "
                 f"{before['date']}; its cells are kept"

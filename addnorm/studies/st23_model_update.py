@@ -182,8 +182,8 @@ STUDY = Study(
         ),
     ),
     modes={
-        "quick": Mode(8, 2, {"depth": (6, 96)}),
-        "default": Mode(8, 3),
+        "quick": Mode(8, 0.5, {"depth": (6, 96)}),
+        "default": Mode(8, 1),
     },
     plots=(
         Plot("lines", Words("How far one step moves the output", "一步使输出移动多远"), x="depth",

@@ -176,8 +176,8 @@ STUDY = Study(
         ),
     ),
     modes={
-        "quick": Mode(7, 1.8, settings={"steps": 100, "rate": 0.05}),
-        "default": Mode(8, 4.5, settings={"steps": 300, "rate": 0.05}),
+        "quick": Mode(7, 0.8, settings={"steps": 100, "rate": 0.05}),
+        "default": Mode(8, 2.5, settings={"steps": 300, "rate": 0.05}),
     },
     plots=(
         Plot("dots", Words("Test error", "测试错误率"), x="length", y="error", color="net"),
