@@ -331,6 +331,22 @@ def test_a_damaged_cell_is_measured_again(tmp_path, text):
     assert second["contrasts"] == first["contrasts"]
 
 
+def test_a_metric_may_have_the_name_of_a_setting(tmp_path):
+    """ST-06 sets `steps` and measures how many were needed; its cells are known all the same."""
+    study = counting(
+        tmp_path,
+        measure=stopped,
+        metrics={"loss": Metric(words("loss")), "sleep": Metric(words("steps"))},
+    )
+    first = run_studies([study], out=tmp_path, jobs=1)
+    assert run_studies([study], out=tmp_path, jobs=1) == first
+    assert len(calls(tmp_path)) == 16
+
+
+def stopped(cell):
+    return noted(cell) | {"sleep": 3.5}
+
+
 def test_a_result_of_another_mode_is_replaced_and_said(tmp_path):
     class Said(Heard):
         told = ()
