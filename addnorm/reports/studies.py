@@ -241,6 +241,33 @@ def print_studies(console: Console, rows: Sequence[Mapping[str, Any]], lang: str
     table = Table(box=None, pad_edge=False)
     numbers = [effect_in({**row, "unit": {"en": "", "zh": ""}}, lang) for row in rows]
     longest = max(map(len, numbers), default=0)  # the unit may go to the next line, no more
+    lines: list[dict[str, str | Text]] = []
+    for row in rows:
+        ran = bool(row["verdict"])
+        name = Text.assemble((row["id"], "dim"), " ", (row["name"], "cyan"))
+        name.append(" *" if row["heavy"] else "", style="dim")
+        name.append(" °" if row.get("shipped") else "", style="dim")
+        lines.append(
+            {
+                "study": name,
+                "title": text_in(row["title"], lang),
+                "verdict": _verdict(row["verdict"], lang),
+                "effect": effect_in(row, lang),
+                "p": probability(row["p"]),
+                "seeds": str(len(row["seeds"])) if ran else "–",
+                "minutes": f"{row['seconds'] / 60:.1f}" if ran else "–",
+                "date": row["date"] or "–",
+                "mode": mode_in(row, lang),
+            }
+        )
+    least = {
+        key: max((Text(str(line[key])).cell_len for line in lines), default=0)
+        for key in keys
+        if key not in ("title", "effect")
+    }
+    if wide:
+        least["effect"] = longest
+    most = {"title": 20, "effect": max(longest, 28)}
     for key in keys:
         right = key in ("p", "seeds", "minutes")
         table.add_column(
@@ -248,26 +275,11 @@ def print_studies(console: Console, rows: Sequence[Mapping[str, Any]], lang: str
             justify="right" if right else "left",
             overflow="fold",
             no_wrap=key not in ("title", "effect"),
-            min_width=longest if wide and key == "effect" else None,
-            ratio={"title": 2, "effect": 3}.get(key) if wide else None,
+            min_width=least.get(key),
+            max_width=most.get(key) if wide else None,
         )
-    for row in rows:
-        ran = bool(row["verdict"])
-        name = Text.assemble((row["id"], "dim"), " ", (row["name"], "cyan"))
-        name.append(" *" if row["heavy"] else "", style="dim")
-        name.append(" °" if row.get("shipped") else "", style="dim")
-        cells: dict[str, str | Text] = {
-            "study": name,
-            "title": text_in(row["title"], lang),
-            "verdict": _verdict(row["verdict"], lang),
-            "effect": effect_in(row, lang),
-            "p": probability(row["p"]),
-            "seeds": str(len(row["seeds"])) if ran else "–",
-            "minutes": f"{row['seconds'] / 60:.1f}" if ran else "–",
-            "date": row["date"] or "–",
-            "mode": mode_in(row, lang),
-        }
-        table.add_row(*(cells[key] for key in keys))
+    for line in lines:
+        table.add_row(*(line[key] for key in keys))
     console.print(table, highlight=False)
     for note in ("heavy", "shipped"):
         if any(row.get(note) for row in rows):

@@ -351,7 +351,6 @@ STUDY = Study(
     modes={
         "quick": Mode(8, 0.4, {"rate": (1e-2,)}, {"steps": 300}),
         "default": Mode(8, 0.7, settings={"steps": 600}),
-        "long": Mode(8, 2.5, {"depth": (1, 2, 4, 8)}, {"steps": 600}),
     },
     plots=(
         Plot(
