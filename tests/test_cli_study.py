@@ -18,7 +18,7 @@ import addnorm.cli.study as command
 from addnorm.cli import main
 from addnorm.files import locked
 from addnorm.reports.studies import LiveStudies, one_line, print_claims, print_studies
-from addnorm.studies import all_studies
+from addnorm.studies import all_studies, running
 from addnorm.studies.running import summary
 
 KEYS = {"id", "title", "verdict", "claims", "effect", "interval", "p", "seeds", "seconds"}
@@ -59,14 +59,22 @@ def test_the_list_in_chinese(capsys):
     assert main(["study", "--lang", "zh"]) == 0
     out = capsys.readouterr().out
     assert "退化现象" in out
-    assert "尚未运行" in out
+    assert "° 随 addnorm 附带，未在此文件夹运行" in out
     assert "not run" not in out
+
+
+def test_a_study_that_was_never_run_is_listed_as_that(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(running, "__file__", str(tmp_path / "running.py"))  # nothing is shipped
+    assert main(["study", "--lang", "zh"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("尚未运行") == len(all_studies()) + 1
+    assert "附带" not in out
 
 
 def test_a_run_says_its_verdict_claims_and_page(ran):
     folder, done = ran
     assert done.returncode == 0, done.stderr
-    assert re.search(r"ST-02 plus-one +The “\+1” of the gradient +supported +0\.", done.stdout)
+    assert re.search(r"ST-02 plus-one +The “\+1” of the +supported +0\.", done.stdout)
     assert re.search(r"001:149 +The bracket .* refuted", done.stdout)
     assert done.stderr.splitlines()[0] == "32 cells, 0 of them known; about 6 s to go"
     assert re.match(
